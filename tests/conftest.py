@@ -1,18 +1,41 @@
-"""What holds for every test: one thread, a fixed seed, no network."""
+"""What holds for every test: one thread, a fixed seed, no network, and tensor shapes checked at run time.
+
+The shape check holds each call of ours against the jaxtyping annotations of its signature (a test process only; a
+program that a test starts runs without). Shapes alone are checked: other annotations are the type checker's matter.
+"""
 
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported; test subprocesses inherit all three
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported; programs that tests start inherit all three
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import random
+from collections.abc import Callable
+from typing import Any, get_args
 
+import jaxtyping
 import numpy
 import pytest
 import torch
+from beartype import beartype
 
 torch.set_num_threads(1)
+
+
+def names_a_shape(hint: Any) -> bool:
+    """Whether an annotation is an array of jaxtyping, or holds one (`tuple[Float[...], ...]`, `Float[...] | None`)."""
+    is_array = isinstance(hint, type) and issubclass(hint, jaxtyping.AbstractArray)
+    return is_array or any(map(names_a_shape, get_args(hint)))
+
+
+def check_shapes(function: Callable) -> Callable:
+    function.__annotations__ = {name: hint for name, hint in function.__annotations__.items() if names_a_shape(hint)}
+    return beartype(function)
+
+
+# from here on: tests import our modules only after this file
+jaxtyping.install_import_hook("vlm", f"{__name__}.check_shapes")
 
 
 @pytest.fixture(autouse=True)
@@ -20,3 +43,10 @@ def seeded() -> None:
     random.seed(0)
     numpy.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def unchecked_shapes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test marked `bad_shape` breaks a shape on purpose, to see the function's own error and not the checker's."""
+    if request.node.get_closest_marker("bad_shape"):
+        monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

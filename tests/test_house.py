@@ -4,7 +4,11 @@ import re
 import subprocess
 from pathlib import Path
 
+import jaxtyping
 import pytest
+import torch
+
+from vlm.kernels.grouped_mass import grouped_mass_attention
 
 ROOT = Path(__file__).parents[1]
 TOP_LEVEL = {"pyproject.toml", "README.md", "vlm", "models", "data", "kernels", "recipes", "tests", "tools"}
@@ -131,3 +135,10 @@ def test_torch_load_is_recognised(call: str, unsafe: int):
 def test_a_machine_path_is_recognised(path: str):
     assert matches(MACHINE["path of one machine"], f"see /{path}")
     assert not matches(MACHINE["path of one machine"], f"see vlm/{path}")
+
+
+def test_shapes_are_checked_in_tests():
+    """The hook of conftest.py is on, through the links and for names shared between arguments (keys: 5 against 6)."""
+    q, k, v = torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 6, 8)
+    with pytest.raises(jaxtyping.TypeCheckError, match="keys"):
+        grouped_mass_attention(q, k, v, torch.zeros(1, 5, dtype=torch.long))
