@@ -19,7 +19,8 @@ TEXT, VISUAL, VISUAL_SINK, TEXT_SINK = 0, 1, 2, 3
 class Rule(Protocol):
     """``groups`` is the number of key groups the rule tells apart."""
 
-    groups: int
+    @property
+    def groups(self) -> int: ...
 
     def __call__(
         self, mass: Float[Tensor, "batch heads rows groups"], rows: Bool[Tensor, "batch rows"]

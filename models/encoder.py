@@ -1,0 +1,74 @@
+"""What a vision encoder hands over, and the adapter that makes any timm model one."""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vlm.models.errors import ModelError
+
+
+class ImageSpec(NamedTuple):
+    """How pixels must come: side in pixels, channel mean and standard deviation (of values in 0..1)."""
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str = "bicubic"
+
+
+class Features(NamedTuple):
+    """tokens in raster order without prefix tokens; grid = (rows, columns) with rows * columns = tokens."""
+
+    tokens: Float[Tensor, "images tokens width"]
+    grid: tuple[int, int]
+    prefix: Float[Tensor, "images prefix width"] | None = None
+
+
+class Encoder(Protocol):
+    """A vision backbone: pixels to a grid of features."""
+
+    dim: int
+    image: ImageSpec
+    grid: tuple[int, int]
+
+    def __call__(self, images: Float[Tensor, "images 3 height width"]) -> Features: ...
+
+
+class TimmEncoder(nn.Module):
+    """A timm model as an encoder: features of one block, blocks after it removed.
+
+    layer: -1 is the last block with the model's final norm; any other block index comes without norm, which is
+    what LLaVA takes at -2 (spec/backbones.md 3.1).
+    """
+
+    def __init__(self, model: nn.Module, image: ImageSpec, layer: int = -1) -> None:
+        super().__init__()
+        depth = len(model.feature_info) if hasattr(model, "feature_info") else 0
+        if not hasattr(model, "forward_intermediates") or not -depth <= layer < depth:
+            name = type(model).__name__
+            raise ModelError(f"model.vision: {name} has feature layers {-depth}..{depth - 1}; found layer {layer}")
+        self.norm = layer in (-1, depth - 1)
+        if hasattr(model, "prune_intermediate_layers"):
+            model.prune_intermediate_layers([layer], prune_norm=not self.norm, prune_head=True)  # type: ignore[operator]
+            layer = -1
+        self.model, self.layer, self.image = model, layer, image
+        self.dim, self.grid = self._probe()
+
+    def _probe(self) -> tuple[int, tuple[int, int]]:
+        """Width and grid for images of the declared size, from one pass without weights or gradient."""
+        training, device = self.model.training, next(self.model.parameters()).device
+        self.model.eval()  # one image must not move batch-norm statistics
+        with torch.no_grad():
+            features = self(torch.zeros(1, 3, self.image.size, self.image.size, device=device))
+        self.model.train(training)
+        return features.tokens.shape[2], features.grid
+
+    def forward(self, images: Float[Tensor, "images 3 height width"]) -> Features:
+        kinds = {"return_prefix_tokens": True} if getattr(self.model, "num_prefix_tokens", 0) else {}
+        found = self.model.forward_intermediates(  # type: ignore[operator]
+            images, indices=[self.layer], norm=self.norm, output_fmt="NCHW", intermediates_only=True, **kinds
+        )[-1]
+        grid, prefix = found if kinds else (found, None)  # [N,V,h,w]
+        return Features(grid.flatten(2).transpose(1, 2), (grid.shape[2], grid.shape[3]), prefix)

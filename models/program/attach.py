@@ -1,0 +1,306 @@
+"""The one module that knows Transformers' seams: it makes a language model run a program.
+
+    with attach(model, program):
+        ...                      # forward, training step or generation under the program
+    # hooks, attention implementation and config are as before
+
+Three seams, none of which patches a class or copies modeling code: a registered attention function (registered
+for masks too, otherwise Transformers drops the padding mask silently), a forward pre-hook on decoder layers, and
+calls from the composed model at ``vit.out`` and ``llm.in``. A pre-hook rather than a decoder loop of our own: it
+leaves each family's forward as it is, and gradient checkpointing (which wraps only ``forward``) never replays it,
+so a selection is made once.
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from vlm.kernels.grouped_mass import grouped_mass_attention
+from vlm.kernels.received import received_attention
+from vlm.models.errors import ModelError
+from vlm.models.program.layout import Layout, compact
+from vlm.models.program.program import (
+    LLM_IN,
+    VIT_OUT,
+    Decoder,
+    Keys,
+    Peak,
+    Program,
+    Received,
+    Regroup,
+    Rewrite,
+    Select,
+    Signal,
+    Tap,
+    Tokens,
+)
+from vlm.models.program.run import Run
+
+ATTENTION = "vlm_program"
+_ENGINES: "weakref.WeakKeyDictionary[nn.Module, Engine]" = weakref.WeakKeyDictionary()
+
+
+class Engine:
+    """A program lowered onto one decoder: what the hooks and the model call. Made by :func:`attach`."""
+
+    def __init__(self, decoder: Any, program: Program) -> None:
+        self.decoder = decoder
+        self.program = program
+        self.run: Run | None = None  # of the stream whose pass is under way
+        self.rewrites = [op for _, op in program if isinstance(op, Rewrite)]
+        self.cuts: dict[int, Select] = {}
+        self.regroups: dict[int, list[Regroup]] = {}
+        self.taps: dict[int, list[Tap]] = {}
+        for site, op in program:
+            if isinstance(op, Select) and site != VIT_OUT:
+                self.cuts[0 if site == LLM_IN else site.layer] = op
+            elif isinstance(op, Regroup):
+                self.regroups.setdefault(site.layer, []).append(op)
+            elif isinstance(op, Tap):
+                self.taps.setdefault(site.layer, []).append(op)
+        self.feature_cut = next((op for site, op in program if site == VIT_OUT and isinstance(op, Select)), None)
+        needs = _signals(program)
+        self.peaks = {s.layer: [p for p in needs if isinstance(p, Peak) and p.layer == s.layer] for s in needs}
+        self.received = {s.layer: s for s in needs if isinstance(s, Received)}
+
+    @property
+    def first_hooked(self) -> int:
+        """The first decoder layer whose input must be looked at; the number of layers when there is none."""
+        layers = [k for k in self.cuts if k > 0] + [k for k, peaks in self.peaks.items() if peaks]
+        return min(layers, default=len(self.decoder.layers))
+
+    @property
+    def sees_attention(self) -> bool:
+        return bool(self.received or self.regroups)
+
+    # vit.out and llm.in: called by the model
+
+    def choose_features(
+        self, features: Float[Tensor, "images tokens width"], seed: Int[Tensor, " images"]
+    ) -> Bool[Tensor, "images tokens"] | None:
+        """Which features of each image stay, or None when the program does not cut at ``vit.out``."""
+        if self.feature_cut is None or not len(features):
+            return None
+        valid = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
+        return _choose(self.feature_cut, Tokens(features.detach(), valid, seed, _no_signal), torch.ones_like(seed))
+
+    def enter_language(self, hidden: Float[Tensor, "batch length width"], run: Run) -> Tensor:
+        """Apply the cut at ``llm.in``; ``run`` then holds the layout of what goes on."""
+        self.run = run
+        return self._cut(0, hidden, run) if 0 in self.cuts else hidden
+
+    # llm.before[k] and hidden-state signals: called by the pre-hook of every decoder layer from the first that matters
+
+    def enter_layer(self, layer: int, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        run = self.run
+        if run is None:
+            return None
+        hidden = args[0]
+        if run.prompt:
+            if layer > 0 and layer in self.cuts and not run.has_stage(layer):
+                hidden = self._cut(layer, hidden, run)
+            for signal in self.peaks.get(layer, ()):
+                run.signals[signal] = _peak(hidden.detach(), signal)
+        first = run.stage(layer)
+        if first == 0:
+            return None
+        layout = run.layouts[first]
+        position = layout.position[:, -hidden.shape[1] :]
+        kwargs = kwargs | {
+            "attention_mask": run.mask(first, hidden.shape[1]),
+            "position_ids": position,
+            "position_embeddings": self.decoder.rotary_emb(hidden, position_ids=position),
+        }
+        return (hidden, *args[1:]), kwargs
+
+    def _cut(self, layer: int, hidden: Tensor, run: Run) -> Tensor:
+        op, layout = self.cuts[layer], run.layouts[run.stage(layer)]
+        place, valid = compact(layout.visual, "right")  # [B,P] places of the visual tokens of each sample
+        if place.shape[1] == 0:
+            return hidden
+        x = hidden.detach().gather(1, place[..., None].expand(-1, -1, hidden.shape[2]))
+        images = _count_images(layout)
+        tokens = Tokens(x, valid, run.segment_seed(layout), lambda signal: run.signals[signal].gather(1, place))
+        kept = _choose(op, tokens, images)
+        if kept is None:
+            return hidden
+        keep = layout.valid & ~layout.visual  # text stays
+        keep = keep.scatter(1, place, kept | keep.gather(1, place))
+        index, real = compact(keep, run.side)
+        cut = layout.take(index, real)
+        run.add_stage(layer, cut.reindexed() if op.position == "reindex" else cut)
+        return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[2]))  # [B,K,D]
+
+    # attn[l]: called by the registered attention function
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float | None) -> Tensor:
+        """Read the signals of this layer and reweigh its attention. ``out`` is plain attention [B,Q,H,D]."""
+        run = self.run
+        if run is None:
+            return out
+        layout = run.layouts[run.stage(layer)]
+        if layer in self.received:
+            with torch.no_grad():
+                last = layout.last(layout.valid)[:, None] - (k.shape[2] - q.shape[2])  # [B,1], index into q
+                got = received_attention(q, k, None, last, key_valid=layout.valid, scale=scale)
+            run.signals[self.received[layer]] = got.mean(1)  # [B,K]
+        for op in self.regroups.get(layer, ()):
+            out = self._regroup(op, layout, q, k, v, out, scale)
+        for tap in self.taps.get(layer, ()):
+            tap.receive(run.signals[tap.signal], layout)
+        return out
+
+    def _regroup(
+        self, op: Regroup, layout: Layout, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float | None
+    ) -> Tensor:
+        run, rows, keys = self.run, q.shape[2], k.shape[2]
+        assert run is not None
+        after = layout.last(layout.visual)  # [B], -1 for a sample without an image
+        start = max(int(after.masked_fill(after < 0, keys).min()) + 1 - (keys - rows), 0)
+        if start >= rows:
+            return out
+        place = torch.arange(keys - rows + start, keys, device=q.device)
+        chosen = (after[:, None] >= 0) & (place > after[:, None]) & layout.valid[:, place]  # [B, rows - start]
+        groups = op.groups(Keys(layout, run.keys_signal))
+        new, _ = grouped_mass_attention(
+            q[:, :, start:], k, v, groups, rule=op.rule, row_sel=chosen, key_valid=layout.valid, scale=scale
+        )
+        tail = torch.where(chosen[:, :, None, None], new.transpose(1, 2), out[:, start:])
+        return torch.cat([out[:, :start], tail], 1)
+
+
+def _no_signal(signal: Signal) -> Tensor:
+    raise ModelError(f"vit.out: a selector there sees features only; it asked for {signal}")
+
+
+def _choose(op: Select, tokens: Tokens, images: Int[Tensor, " segments"]) -> Bool[Tensor, "segments tokens"] | None:
+    """The kept tokens, or None when all stay (so that a full budget changes nothing, to the bit)."""
+    total = tokens.valid.sum(1)
+    count = op.keep.count(total, images)
+    if bool((count >= total).all()):
+        return None
+    with torch.no_grad():
+        return op.selector.choose(tokens, count)
+
+
+def _count_images(layout: Layout) -> Int[Tensor, " batch"]:
+    image = layout.image.sort(1).values
+    return ((image[:, 1:] != image[:, :-1]) & (image[:, 1:] >= 0)).sum(1) + (image[:, 0] >= 0)
+
+
+def _peak(hidden: Float[Tensor, "batch length width"], signal: Peak) -> Float[Tensor, "batch length"]:
+    x = hidden.float()
+    x = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)).abs()
+    return x[..., list(signal.dims)].amax(-1) if signal.dims else x.amax(-1)
+
+
+def _signals(program: Program) -> set[Signal]:
+    needs: set[Signal] = set()
+    for _, op in program:
+        if isinstance(op, Select):
+            needs.update(op.selector.needs)
+        elif isinstance(op, Regroup):
+            needs.update(op.needs)
+        elif isinstance(op, Tap):
+            needs.add(op.signal)
+    return needs
+
+
+def _program_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    out, _ = sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+    )
+    engine = _ENGINES.get(module)
+    if engine is not None:
+        out = engine.attend(module.layer_idx, query, key, value, out, scaling)  # type: ignore[arg-type]
+    return out, None
+
+
+AttentionInterface.register(ATTENTION, _program_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def check(program: Program, decoder: Decoder) -> None:
+    """Refuse a program that does not fit ``decoder``. Raises ModelError: site, expected, found."""
+    for site, op in program:
+        if site.layer >= decoder.layers or (site.name == "llm.before" and site.layer < 1):
+            first = 1 if site.name == "llm.before" else 0
+            raise ModelError(f"{site}: the language model has layers {first}..{decoder.layers - 1}; found {site.layer}")
+        for signal in _signals(((site, op),)):
+            if not 0 <= signal.layer < decoder.layers:
+                raise ModelError(f"{site}: it asks for {signal}, but layers are 0..{decoder.layers - 1}")
+            if site.name == "llm.before" and signal.layer >= site.layer:
+                raise ModelError(f"{site}: it asks for {signal}, which is known only after that layer")
+    cuts = [site for site, op in program if isinstance(op, Select)]
+    if len(cuts) != len(set(cuts)):
+        raise ModelError(f"{cuts[0]}: two cuts at one site; found {', '.join(map(str, cuts))}")
+
+
+@contextmanager
+def attach(model: Any, program: Program) -> Iterator[None]:
+    """Run ``model`` (a :class:`~vlm.models.vision_language.VisionLanguageModel`) under ``program`` in this block.
+
+    The empty program touches nothing, so the model is the bare model to the bit. On exit hooks, attention
+    implementation and config are as before, whatever happened inside.
+
+    Raises ModelError when a program is already attached or does not fit the model.
+    """
+    if not program:
+        yield
+        return
+    if model.engine is not None:
+        raise ModelError("attach: a program is attached to this model already; join the two programs instead")
+    check(program, model.decoder_facts)
+    language, decoder = model.language, model.decoder
+    engine = Engine(decoder, program)
+    if any(engine.cuts) or engine.sees_attention:
+        _check_decoder(language, decoder)
+    hooks = []
+    before = language.config._attn_implementation
+    try:
+        for layer in range(engine.first_hooked, len(decoder.layers)):
+            hook = lambda module, args, kwargs, layer=layer: engine.enter_layer(layer, args, kwargs)  # noqa: E731
+            hooks.append(decoder.layers[layer].register_forward_pre_hook(hook, with_kwargs=True))
+        if engine.sees_attention:
+            for layer in decoder.layers:
+                _ENGINES[layer.self_attn] = engine
+            language.set_attn_implementation(ATTENTION)
+        model.engine = engine
+        yield
+    finally:
+        model.engine = None
+        for handle in hooks:
+            handle.remove()
+        for layer in decoder.layers:
+            _ENGINES.pop(layer.self_attn, None)
+        if language.config._attn_implementation != before:
+            language.set_attn_implementation(before)
+
+
+def _check_decoder(language: Any, decoder: Any) -> None:
+    config = language.config
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"} or (getattr(config, "sliding_window", None) and config.use_sliding_window):
+        raise ModelError(f"attach: programs inside the language model need full attention; found {sorted(kinds)}")
+    if not all(hasattr(layer, "self_attn") for layer in decoder.layers) or not hasattr(decoder, "rotary_emb"):
+        raise ModelError(f"attach: {type(decoder).__name__} has no decoder layers with self_attn and rotary_emb")
+    if config._attn_implementation != "sdpa":
+        found = config._attn_implementation
+        raise ModelError(f"attach: programs inside the language model replace sdpa attention; found {found!r}")

@@ -1,0 +1,55 @@
+"""How many visual tokens a pruner may keep."""
+
+from dataclasses import dataclass
+
+from jaxtyping import Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A share of the visual tokens of each image, or a number of tokens for each image.
+
+    In a recipe ``25%``, ``0.25``, ``100%`` and ``1.0`` are shares; ``64`` and ``1`` are token counts.
+    """
+
+    ratio: float | None = None
+    tokens: int | None = None
+
+    @classmethod
+    def parse(cls, value: "str | int | float | Budget") -> "Budget":
+        """Read a recipe value. Raises ValueError for anything but a share in (0, 1] or a positive count."""
+        if isinstance(value, Budget):
+            return value
+        text = str(value).strip()
+        try:
+            if text.endswith("%"):
+                share = float(text[:-1]) / 100
+            elif text.lstrip("+-").isdigit():
+                if int(text) < 1:
+                    raise ValueError
+                return cls(tokens=int(text))
+            else:
+                share = float(text)
+            if not 0 < share <= 1:
+                raise ValueError
+        except ValueError:
+            expected = "a share such as 25% or 0.25, or a number of tokens such as 64"
+            raise ValueError(f"expected {expected}; found {value!r}") from None
+        return cls(ratio=share)
+
+    @property
+    def everything(self) -> bool:
+        """True when it keeps all tokens whatever their number."""
+        return self.ratio == 1
+
+    def count(self, tokens: Int[Tensor, " segments"], images: Int[Tensor, " segments"]) -> Int[Tensor, " segments"]:
+        """Tokens to keep in each segment that has ``tokens`` tokens of ``images`` images: at least one, at most all."""
+        if self.tokens is not None:
+            wanted = images * self.tokens
+        else:
+            wanted = (tokens * (self.ratio or 1.0)).round().long()
+        return wanted.clamp_min(1).minimum(tokens)
+
+    def __str__(self) -> str:
+        return f"{self.tokens}" if self.tokens is not None else f"{100 * (self.ratio or 0):g}%"
