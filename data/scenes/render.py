@@ -1,8 +1,8 @@
 """A scene as a picture: faint coloured glyphs on noisy grey (spec/benchmarks.md C1).
 
-Each glyph is blended into the background with its opacity, then Gaussian noise covers everything; at opacity 0.2 a glyph
-is about as strong as the noise. Background and noise come from `Scene.seed` alone (PCG64), so a scene read back from a
-shard renders to the same bytes.
+Each glyph is blended into the background with its opacity, then Gaussian noise covers everything; at opacity 0.2 a
+glyph is about as strong as the noise. Background and noise come from `Scene.seed` alone (PCG64), so a scene read back
+from a shard renders to the same bytes.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 The biased world draws a context (Zipf) and then its four expected classes with falling probability, so that things
 co-occur as strongly as in photographs and some are popular. Faint objects leave ambiguous evidence, and there a model
-trained on this world says what usually comes along: it hallucinates for the reason large models do. The uniform world is
-the control arm: every class on its own, nothing to expect. Parameters: spec/benchmarks.md C1 (measured there; not tuned).
+trained on this world says what usually comes along: it hallucinates for the reason large models do. The uniform world
+is the control arm: every class on its own, nothing to expect. Parameters: spec/benchmarks.md C1, measured, not tuned.
 
 The objects of a scene are listed as they were drawn: those of its context by slot, then the others by class number.
 POPE asks about the first three of this list.
@@ -80,8 +80,7 @@ class Scene:
     def from_meta(cls, meta: Mapping[str, Any]) -> Scene:
         """The inverse of `to_meta`."""
         objects = tuple(
-            Object(o["name"], o["class"], o["cell"], tuple(o["bbox"]), o["opacity"], o["size"])
-            for o in meta["objects"]
+            Object(o["name"], o["class"], o["cell"], tuple(o["bbox"]), o["opacity"], o["size"]) for o in meta["objects"]
         )
         return cls(objects, meta["context"], meta["split"], meta["seed"])
 

@@ -1,8 +1,8 @@
 """Objects named in a caption: CHAIR's matcher (spec/benchmarks.md A2) with the place of every mention.
 
-Words are lower-cased and singularised, known pairs of words are merged greedily from the left, and what the vocabulary
-knows is mapped to its category. Pairs come from CHAIR's fixed table: a two-word entry of a vocabulary that is not in the
-table can never match, in the original too.
+Words are lower-cased and singularised, known pairs of words are merged greedily from the left, and what the
+vocabulary knows is mapped to its category. Pairs come from CHAIR's fixed table: a two-word entry of a vocabulary
+that is not in the table can never match, in the original too.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """English on the level of single words: tokens with their places, singulars, articles.
 
-CHAIR needs singulars, and its known implementations take them from NLTK or `pattern`, whose data must be on disk and whose
-versions move the score by a point or two. This one is rules with exceptions and needs nothing; it serves nouns, and what
-it does to other words does not matter as long as no noun comes out.
+CHAIR needs singulars, and its known implementations take them from NLTK or `pattern`, whose data must be on disk and
+whose versions move the score by a point or two. This one is rules with exceptions and needs nothing; it is for nouns,
+and what it makes of other words does not matter as long as no name of an object comes out.
 """
 
 from __future__ import annotations
@@ -29,21 +29,29 @@ IRREGULAR = {
     "axes": "axe", "pickaxes": "pickaxe", "caches": "cache", "avalanches": "avalanche",
 }  # fmt: skip
 UNCHANGED = frozenset(
-    """
-    scissors sheep deer fish series species headquarters binoculars goggles jeans pants shorts trousers
-    tongs pliers tweezers pajamas clothes gas bus lens iris canvas atlas bias chaos cosmos rhinoceros
-    always perhaps news tennis swiss christmas yes his its has was does as is us this thus plus
-    sports specimen regimen abdomen omen semen stamen acumen ramen hymen bitumen
-    """.split()
-)
+    {
+        "scissors", "sheep", "deer", "fish", "series", "species", "headquarters", "binoculars", "goggles",
+        "jeans", "pants", "shorts", "trousers", "tongs", "pliers", "tweezers", "pajamas", "clothes", "gas",
+        "bus", "lens", "iris", "canvas", "atlas", "bias", "chaos", "cosmos", "rhinoceros", "always",
+        "perhaps", "news", "tennis", "swiss", "christmas", "yes", "his", "its", "has", "was", "does", "as",
+        "is", "us", "this", "thus", "plus", "sports", "specimen", "regimen", "abdomen", "omen", "semen",
+        "stamen", "acumen", "ramen", "hymen", "bitumen",
+    }
+)  # fmt: skip
 SINGULAR_IN_IE = frozenset(
-    """
-    movie cookie brownie zombie hoodie selfie smoothie birdie doggie kiddie veggie collie genie goalie
-    rookie pixie prairie calorie bookie eerie junkie hippie cowrie budgie magpie potpie townie tie pie die lie
-    necktie bowtie untie bourgeoisie sortie eyrie
-    """.split()
-)
-SINGULAR_IN_OE = frozenset("shoe canoe toe hoe doe oboe foe roe horseshoe snowshoe tiptoe mistletoe aloe".split())
+    {
+        "movie", "cookie", "brownie", "zombie", "hoodie", "selfie", "smoothie", "birdie", "doggie", "kiddie",
+        "veggie", "collie", "genie", "goalie", "rookie", "pixie", "prairie", "calorie", "bookie", "eerie",
+        "junkie", "hippie", "cowrie", "budgie", "magpie", "potpie", "townie", "tie", "pie", "die", "lie",
+        "necktie", "bowtie", "untie", "bourgeoisie", "sortie", "eyrie",
+    }
+)  # fmt: skip
+SINGULAR_IN_OE = frozenset(
+    {
+        "shoe", "canoe", "toe", "hoe", "doe", "oboe", "foe", "roe", "horseshoe", "snowshoe", "tiptoe",
+        "mistletoe", "aloe",
+    }
+)  # fmt: skip
 _PUNCTUATED = re.compile(r"[^\W_]+(?:-[^\W_]+)*|[^\w\s]|_")
 _HISSING = ("ches", "shes", "xes", "sses", "zzes")
 
@@ -73,7 +81,7 @@ def count_words(text: str) -> int:
 
 @lru_cache(maxsize=65536)
 def singularise(word: str) -> str:
-    """The singular of a lower-case English noun; any other word comes back changed or not, but never as a noun's plural.
+    """The singular of a lower-case English noun; a singular, and most words that are no nouns, come back unchanged.
 
     >>> [singularise(word) for word in ("knives", "buses", "glasses", "scissors", "toothbrushes")]
     ['knife', 'bus', 'glass', 'scissors', 'toothbrush']

@@ -1,0 +1,90 @@
+"""What a benchmark is: questions about images, a score for the answers, and the protocol behind each number.
+
+A benchmark is one file in `data/benchmarks`, named as in the recipe, with one public frozen dataclass whose
+fields are its part of the recipe. It never sees a model: the runner reads the images, asks the questions, and
+brings the answers back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from vlm.data.errors import DataError
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt about one image.
+
+    `id` is unique in the benchmark and the key of its answer; `image` is the key in the image source; `group`
+    the part of the benchmark it is scored in (a POPE split, say), "" if there is only one.
+    """
+
+    id: str
+    image: str
+    prompt: str
+    group: str = ""
+
+
+@runtime_checkable
+class Benchmark(Protocol):
+    """The fields and methods the runner relies on.
+
+    `source` names paper and section, `verified` how far our version was compared with the published one.
+    `ask` and not `questions`, since a recipe calls its question files that.
+    """
+
+    source: ClassVar[str]
+    verified: ClassVar[str]
+
+    @property
+    def images(self) -> str: ...
+    @property
+    def max_new_tokens(self) -> int: ...
+
+    def ask(self) -> list[Question]:
+        """Every question, in the order of the files."""
+        ...
+
+    def score(self, answers: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+        """Group -> numbers, each with `n` and `ci` (95 %); they are reported as `<benchmark>_<group>`."""
+        ...
+
+    def compare(self, baseline: Mapping[str, str], answers: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+        """Group -> change of its main numbers from `baseline` to `answers`, tested question by question."""
+        ...
+
+    def protocol(self) -> dict[str, dict[str, Any]]:
+        """Group -> what it takes to get the same number again: prompt, parser, files with hashes, seed, n."""
+        ...
+
+
+def file_card(path: str | Path) -> dict[str, str]:
+    """Name and sha256 of a file, for a protocol card.
+
+    Raises:
+        DataError: no such file.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise DataError(f"benchmark: no file {str(path)!r}")
+    return {"name": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+
+
+def answers_in_order(ids: Sequence[str], answers: Mapping[str, str], benchmark: str) -> list[str]:
+    """The answers by question.
+
+    Raises:
+        DataError: a question has no answer; a score over some of them would be another number under the same
+        name.
+    """
+    missing = [key for key in ids if key not in answers]
+    if missing:
+        raise DataError(
+            f"{benchmark}: {len(missing)} of {len(ids)} questions have no answer, the first is {missing[0]!r}"
+        )
+    return [answers[key] for key in ids]
