@@ -35,6 +35,7 @@ def check_shapes(function: Callable) -> Callable:
 
 
 # from here on: tests import our modules only after this file
+jaxtyping.config.update("jaxtyping_remove_typechecker_stack", True)  # a failure shows our frames, not the checker's
 jaxtyping.install_import_hook("vlm", f"{__name__}.check_shapes")
 
 
