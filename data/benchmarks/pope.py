@@ -172,7 +172,12 @@ def _records(path: str) -> list[dict[str, Any]]:
 
 def _read(path: str) -> list[_Item]:
     items = []
-    for number, record in enumerate(_records(path), start=1):
+    records = _records(path)
+    if not records:
+        raise DataError(f"pope: {path}: no questions")
+    for number, record in enumerate(records, start=1):
+        if not isinstance(record, dict):
+            raise DataError(f"pope: {path}: question {number}: expected an object, found {record!r}")
         missing = [key for key in ("question_id", "image", "text", "label") if key not in record]
         if missing:
             raise DataError(f"pope: {path}: question {number} lacks {', '.join(missing)}; found {', '.join(record)}")

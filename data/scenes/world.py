@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -33,6 +33,8 @@ COUNTERFACTUAL_FEWEST = 4
 ZIPF_EXPONENT = 0.7
 SIDE = (6, 10)  # pixels, inclusive
 OPACITY = (0.2, 1.0)
+
+Kind = Literal["biased", "uniform"]
 
 
 @dataclass(frozen=True)
@@ -133,10 +135,10 @@ def _place(numbers: list[int], free_cells: np.ndarray, rng: np.random.Generator)
 class World:
     """A distribution over scenes: "biased" has contexts, "uniform" is the control without any co-occurrence."""
 
-    kind: Literal["biased", "uniform"] = "biased"
+    kind: Kind = "biased"
 
     def __post_init__(self) -> None:
-        if self.kind not in ("biased", "uniform"):
+        if self.kind not in get_args(Kind):
             raise DataError(f"scenes: world must be 'biased' or 'uniform', found {self.kind!r}")
 
     def draw(self, rng: np.random.Generator, split: str) -> Scene:
