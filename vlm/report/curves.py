@@ -1,0 +1,90 @@
+"""Which curves the page shows: training per stage, and hallucination by position in the caption."""
+
+from vlm.report.charts import Chart, Line, draw
+from vlm.report.compare import title
+from vlm.report.html import Html, join, tag
+from vlm.report.read import Chair, Evaluation, Result, Stage
+
+TITLES = {
+    "samples_per_s": "samples per second",
+    "tokens_per_s": "tokens per second",
+    "data_wait_s": "waiting for data (seconds)",
+}
+RATES = ("samples_per_s", "tokens_per_s", "data_wait_s")
+
+
+def training(stages: list[Stage]) -> Html:
+    """For each stage: loss, its own scalars (such as tag accuracy), learning rates, and how fast it went."""
+    return join(_stage(stage) for stage in stages)
+
+
+def _stage(stage: Stage) -> Html:
+    curves = stage.curves
+    rates = {name.removeprefix("lr."): values for name, values in curves.items() if name.startswith("lr.")}
+    own = [name for name in curves if name not in ("loss", "seconds", "lr", *RATES) and not name.startswith("lr.")]
+    charts = [_curve(stage, name) for name in ("loss", *own) if name in curves]
+    if rates:
+        lines = [Line(part, stage.steps, values) for part, values in rates.items()]
+        charts.append(draw(Chart("learning rate", "step", lines)))
+    charts += [_curve(stage, name) for name in RATES if name in curves]
+    heading = tag("h3", f"Stage {stage.number}: {stage.name}", tag("small", f" {_length(stage)}"))
+    return tag("section", heading, tag("div", *charts, class_="charts"), class_="stage")
+
+
+def _curve(stage: Stage, name: str) -> Html:
+    heading = TITLES.get(name, name.replace("_", " ").replace(".", " "))
+    return draw(Chart(heading, "step", [Line(heading, stage.steps, stage.curves[name])], smooth=True))
+
+
+def _length(stage: Stage) -> str:
+    steps = f"{stage.steps[-1]} steps" if stage.planned is None else f"{stage.steps[-1]} of {stage.planned} steps"
+    seconds = stage.curves.get("seconds", [])
+    return f"{steps}, {duration(seconds[-1] - seconds[0])}" if seconds and seconds[-1] > seconds[0] else steps
+
+
+def duration(seconds: float) -> str:
+    """``2 h 05 min``, ``3 min 20 s`` or ``12.3 s``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def by_position(evaluation: Evaluation) -> Html:
+    """How the share of invented objects grows with the position in the caption: plain first, then with methods."""
+    plain = evaluation.plain
+    names = list(
+        dict.fromkeys(
+            name
+            for result in evaluation.results
+            for name, scores in result.metrics.items()
+            if isinstance(scores, Chair) and scores.by_position
+        )
+    )
+    charts = []
+    if plain is not None and len(names) > 1:
+        lines = [_position_line(plain, name, title(name, names), strong=True) for name in names]
+        charts.append(_position_chart("Plain model", lines))
+    families = {
+        "pruned": [result for result in evaluation.methods if result.prune and not result.mitigate],
+        "mitigated": [result for result in evaluation.methods if result.mitigate],
+    }
+    for name in names:
+        for family, members in families.items():
+            if members:
+                shown = [plain, *members] if plain is not None else members
+                lines = [_position_line(result, name, result.label, result is plain) for result in shown]
+                charts.append(_position_chart(f"{title(name, names)}: {family}", lines))
+        if plain is not None and len(names) == 1 and not evaluation.methods:
+            charts.append(_position_chart(title(name, names), [_position_line(plain, name, plain.label, True)]))
+    return tag("div", *charts, class_="charts") if charts else Html("")
+
+
+def _position_chart(heading: str, lines: list[Line]) -> Html:
+    return draw(Chart(heading, "object named as number … in the caption", lines, dots=True))
+
+
+def _position_line(result: Result, benchmark: str, label: str, strong: bool) -> Line:
+    rates = getattr(result.metrics.get(benchmark), "by_position", ())
+    known = [float("nan") if rate is None else rate for rate in rates]
+    return Line(label, range(1, len(known) + 1), known, strong)

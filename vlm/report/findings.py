@@ -1,0 +1,190 @@
+"""The findings in words, computed from the numbers and saying no more than they do."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vlm.report.compare import Difference, Quantity, benchmarks, difference, judged, title
+from vlm.report.read import Chair, Evaluation, Result, YesNo
+
+SHORTER = 0.05  # a caption this much shorter names fewer objects, which lowers CHAIRs without any better seeing
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A sentence and what kind it is; ``subject`` is the label of the result that it is about, if it is about one."""
+
+    kind: Literal["fact", "helps", "hurts", "mixed", "same", "caution"]
+    text: str
+    subject: str = ""
+
+
+def find(evaluation: Evaluation) -> list[Finding]:
+    """All findings: first of the plain model, then one for each method, then how far to trust them."""
+    plain = evaluation.plain
+    if plain is None:
+        reason = "Nothing was evaluated without a method, so there is nothing to compare the methods with."
+        return [Finding("caution", reason)] if evaluation.results else []
+    of_methods = [_method(evaluation, plain, method) for method in evaluation.methods]
+    return [*_split_gap(plain), *_scene_gap(plain), *_position(plain), *of_methods, *_overall(evaluation, plain)]
+
+
+def _split_gap(plain: Result) -> list[Finding]:
+    """POPE from random to adversarial negatives, and the invariant that the positives are the same in all splits."""
+    splits = {name: scores for name, scores in plain.metrics.items() if isinstance(scores, YesNo)}
+    easy = next((name for name in splits if name.endswith("_random")), None)
+    hard = next((name for name in splits if name.endswith("_adversarial")), None)
+    if easy is None or hard is None:
+        return []
+    a, b = splits[easy].accuracy, splits[hard].accuracy
+    fall = f"from {a:.2f} (random) to {b:.2f} (adversarial)"
+    change = "falls" if b < a else "rises" if b > a else "does not change"
+    found = [Finding("fact", f"POPE accuracy {change} {fall}." + _overlap(splits[easy], splits[hard]))]
+    recalls = {scores.recall for name, scores in splits.items() if scores.recall is not None}
+    if len(recalls) > 1:
+        spread = f"{min(recalls):.3f} to {max(recalls):.3f}"
+        warning = f"POPE recall differs between splits ({spread}) although their positive questions should be the same."
+        found.append(Finding("caution", warning))
+    elif recalls and b < a:
+        found.append(
+            Finding(
+                "fact", f"Recall is {recalls.pop():.2f} in every split: the fall is all wrong “yes” to absent objects."
+            )
+        )
+    return found
+
+
+def _overlap(a: YesNo, b: YesNo) -> str:
+    if a.ci is None or b.ci is None:
+        return ""
+    apart = a.ci[0] > b.ci[1] or b.ci[0] > a.ci[1]
+    return "" if apart else " The two confidence intervals overlap."
+
+
+def _scene_gap(plain: Result) -> list[Finding]:
+    """CHAIRs on ordinary and on counterfactual scenes."""
+    names = [name for name, scores in plain.metrics.items() if isinstance(scores, Chair)]
+    pairs = [(name, f"{name}_counterfactual") for name in names if f"{name}_counterfactual" in names]
+    found = []
+    for usual, unusual in pairs:
+        a, b = (getattr(plain.metrics[name], "chair_s", 0.0) for name in (usual, unusual))
+        ratio = f": {b / a:.1f} times as many captions with an invented object" if b > a > 0 else ""
+        found.append(Finding("fact", f"CHAIRs {a:.2f} on ordinary scenes, {b:.2f} on counterfactual ones{ratio}."))
+    return found
+
+
+def _position(plain: Result) -> list[Finding]:
+    found = []
+    for name, scores in plain.metrics.items():
+        rates = [rate for rate in getattr(scores, "by_position", ()) if rate is not None]
+        if len(rates) > 1 and rates[0] != rates[-1]:
+            trend = "rises" if rates[-1] > rates[0] else "falls"
+            where = title(name, plain.metrics).removeprefix("CHAIR").strip()
+            scenes = (
+                f" on {where} scenes" if where in ("ordinary", "counterfactual") else f" ({where})" if where else ""
+            )
+            ends = f"from {rates[0]:.2f} for the first object named to {rates[-1]:.2f} for number {len(rates)}"
+            found.append(Finding("fact", f"Hallucination {trend} with the position in the caption{scenes}: {ends}."))
+    return found
+
+
+def _method(evaluation: Evaluation, plain: Result, method: Result) -> Finding:
+    """What one method changes against plain."""
+    changes = [(q, difference(q, plain, method)) for q in judged(evaluation.results)]
+    known = [(quantity, change) for quantity, change in changes if change is not None]
+    if not known:
+        reason = "No number with a confidence interval is there for both this and plain, so it is not judged."
+        return Finding("caution", reason, method.label)
+    by_verdict = {
+        verdict: [_told(q, d, evaluation, verdict) for q, d in known if d.verdict == verdict]
+        for verdict in ("helps", "hurts", "same")
+    }
+    said = [
+        f"{start} {_and(by_verdict[verdict])}"
+        for verdict, start in (("helps", "helps"), ("hurts", "hurts"), ("same", "no measurable change in"))
+        if by_verdict[verdict]
+    ]
+    sentence = _capital("; ".join(said)) + "."
+    return Finding(_kind(by_verdict), sentence + _shorter(plain, method) + _saved(plain, method), method.label)
+
+
+def _kind(by_verdict: dict[str, list[str]]) -> Literal["helps", "hurts", "mixed", "same"]:
+    if by_verdict["helps"] and by_verdict["hurts"]:
+        return "mixed"
+    return "helps" if by_verdict["helps"] else "hurts" if by_verdict["hurts"] else "same"
+
+
+def _told(quantity: Quantity, change: Difference, evaluation: Evaluation, verdict: str) -> str:
+    name = quantity_title(quantity, evaluation)
+    return name if verdict == "same" else f"{name} ({change.before:.3f} → {change.after:.3f})"
+
+
+def quantity_title(quantity: Quantity, evaluation: Evaluation) -> str:
+    """``POPE random accuracy``, ``CHAIRs on counterfactual scenes``."""
+    names = benchmarks(evaluation.results)
+    whole = title(quantity.benchmark, names)
+    if not whole.startswith("CHAIR"):
+        return f"{whole} {quantity.title}"
+    where = whole.removeprefix("CHAIR").strip()
+    scenes = f" on {where} scenes" if where in ("ordinary", "counterfactual") else f" ({where})" if where else ""
+    return quantity.title + scenes
+
+
+def _shorter(plain: Result, method: Result) -> str:
+    """The caution that a method wrote shorter captions, and what became of recall."""
+    said = []
+    for name, scores in method.metrics.items():
+        before, after = plain.metrics.get(name), scores
+        if not isinstance(before, Chair) or not isinstance(after, Chair) or not before.length or after.length is None:
+            continue
+        if (before.length - after.length) / before.length > SHORTER:
+            part = f"by {1 - after.length / before.length:.0%} ({before.length:.1f} → {after.length:.1f} words"
+            recall = (
+                f", recall {before.recall:.2f} → {after.recall:.2f}"
+                if None not in (before.recall, after.recall)
+                else ""
+            )
+            said.append(f"{part}{recall}) in {title(name, plain.metrics)}")
+    return f" It shortened captions {_and(said)}; shorter captions alone lower CHAIRs." if said else ""
+
+
+def _saved(plain: Result, method: Result) -> str:
+    """Visual tokens, FLOPs and KV bytes of a pruned result."""
+    tokens, a, b = method.cost.visual_tokens, plain.cost, method.cost
+    if not method.prune or tokens is None:
+        return ""
+    parts = [f"{tokens.after:g} of {tokens.before:g} visual tokens"]
+    if a.llm_flops_per_prompt and b.llm_flops_per_prompt is not None:
+        parts.append(f"{b.llm_flops_per_prompt / a.llm_flops_per_prompt:.0%} of the language model's FLOPs")
+    if a.kv_bytes_per_prompt and b.kv_bytes_per_prompt is not None:
+        parts.append(f"{b.kv_bytes_per_prompt / a.kv_bytes_per_prompt:.0%} of the KV bytes")
+    return f" Price: {_and(parts)}."
+
+
+def _overall(evaluation: Evaluation, plain: Result) -> list[Finding]:
+    """Whether any mitigator lowers CHAIRs at all, and that many comparisons make some of them wrong."""
+    caption = [q for q in judged(evaluation.results) if q.field == "chair_s"]
+    mitigators = [method for method in evaluation.methods if method.mitigate and not method.prune]
+    found = []
+    if caption and mitigators:
+        better = [m.label for m in mitigators if any(_helps(q, plain, m) for q in caption)]
+        counted = f"{len(better)} of {len(mitigators)}" if better else f"None of the {len(mitigators)}"
+        who = f" ({_and(better)})" if better else ""
+        found.append(Finding("fact", f"{counted} mitigators measurably lowers CHAIRs on some set of captions{who}."))
+    total = len(evaluation.methods) * len(judged(evaluation.results))
+    if total > 10:
+        note = f"{total} differences were judged one by one; among so many, a few can leave their interval by chance."
+        found.append(Finding("caution", note))
+    return found
+
+
+def _helps(quantity: Quantity, plain: Result, method: Result) -> bool:
+    change = difference(quantity, plain, method)
+    return change is not None and change.verdict == "helps"
+
+
+def _and(parts: list[str]) -> str:
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def _capital(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]

@@ -1,0 +1,111 @@
+"""Pictures: what each method kept of an image, where its answer looked, and which words it invented.
+
+The bytes of an image stand once in the page; every drawing of it refers to that one (``<use>``), which also keeps a
+report of many methods small.
+"""
+
+from collections.abc import Iterable
+
+from vlm.report.html import Html, join, tag
+from vlm.report.read import Picture, View
+
+LEVELS = 8  # steps of heat; each is one path, so that a grid of 24 x 24 stays small
+
+
+def gallery(pictures: Iterable[Picture]) -> Html:
+    """All pictures, each with one card per view."""
+    return join(_picture(picture, f"picture-{number}") for number, picture in enumerate(pictures))
+
+
+def _picture(picture: Picture, name: str) -> Html:
+    holds = ", ".join(picture.objects) or "nothing that is named"
+    image = tag(
+        "image", id=name, href=f"data:image/png;base64,{picture.png}", width=picture.width, height=picture.height
+    )
+    original = _drawing(picture, image, f"Picture {picture.key}. It shows: {holds}.")
+    objects = tag("ul", *(tag("li", one) for one in picture.objects), class_="objects")
+    aside = tag("div", original, tag("h3", picture.key), tag("p", "In the picture:"), objects, class_="original")
+    cards = [_view(picture, view, name) for view in picture.views]
+    return tag("article", aside, tag("div", *cards, class_="views"), class_="picture")
+
+
+def _drawing(picture: Picture, image: Html, words: str, *overlays: str) -> Html:
+    box = f"0 0 {picture.width} {picture.height}"
+    return tag("svg", tag("title", words), image, *overlays, viewBox=box, role="img", class_="pixels")
+
+
+def _view(picture: Picture, view: View, name: str) -> Html:
+    image = tag("use", href=f"#{name}")
+    figures = []
+    patches = view.grid[0] * view.grid[1]
+    if view.kept is not None:
+        count = len(set(view.kept))
+        words = f"{view.label}: kept {count} of {patches} patches of picture {picture.key}; the others are dimmed"
+        drawing = _drawing(picture, image, words, _dropped(picture, view), _kept(picture, view))
+        figures.append(tag("figure", drawing, tag("figcaption", f"kept {count} of {patches}")))
+    if view.heat is not None and sum(view.heat) > 0:
+        peak = max(view.heat) / sum(view.heat)
+        words = f"{view.label}: where the answer looked; {_hottest(view)}"
+        drawing = _drawing(picture, image, words, _heat(picture, view))
+        figures.append(tag("figure", drawing, tag("figcaption", f"looked at; brightest {peak:.0%}")))
+    invented = sum(mention.hallucinated for mention in view.mentions)
+    count = f"{invented} invented" if invented else "nothing invented" if view.mentions else ""
+    tally = tag("small", count, class_="invented" if invented else None)
+    answer = tag("p", marked(view), class_="answer")
+    return tag(
+        "section", tag("h4", view.label, " ", tally), tag("div", *figures, class_="looks"), answer, class_="view"
+    )
+
+
+def _hottest(view: View) -> str:
+    heat = view.heat or []
+    top = max(range(len(heat)), key=heat.__getitem__)
+    row, column = divmod(top, view.grid[1])
+    return f"most at row {row + 1}, column {column + 1}, with {heat[top] / sum(heat):.0%} of it"
+
+
+def _cell(picture: Picture, view: View, patch: int) -> str:
+    """The outline of one patch in the pixels of the image."""
+    row, column = divmod(patch, view.grid[1])
+    height, width = picture.height / view.grid[0], picture.width / view.grid[1]
+    return f"M{column * width:.4g} {row * height:.4g}h{width:.4g}v{height:.4g}h{-width:.4g}z"
+
+
+def _dropped(picture: Picture, view: View) -> Html:
+    kept = set(view.kept or [])
+    dropped = [patch for patch in range(view.grid[0] * view.grid[1]) if patch not in kept]
+    return tag("path", d="".join(_cell(picture, view, patch) for patch in dropped), class_="dropped")
+
+
+def _kept(picture: Picture, view: View) -> Html:
+    return tag("path", d="".join(_cell(picture, view, patch) for patch in sorted(set(view.kept or []))), class_="kept")
+
+
+def _heat(picture: Picture, view: View) -> Html:
+    """The patches in steps of heat, relative to the hottest one."""
+    heat = view.heat or []
+    level = [round(LEVELS * value / max(heat)) for value in heat]
+    steps = []
+    for step in range(LEVELS + 1):
+        cells = "".join(_cell(picture, view, patch) for patch in range(len(heat)) if level[patch] == step)
+        if cells:
+            steps.append(tag("path", d=cells, class_=f"heat h{step}"))
+    return join(steps)
+
+
+def marked(view: View) -> Html:
+    """The answer with the objects it names marked: invented ones by colour, a wavy line, a sign and a title."""
+    parts: list[str] = []
+    end = 0
+    for mention in sorted(view.mentions, key=lambda mention: mention.start):
+        parts.append(view.answer[end : mention.start])
+        parts.append(_mention(view.answer[mention.start : mention.end], mention.object, mention.hallucinated))
+        end = mention.end
+    return join([*parts, view.answer[end:]])
+
+
+def _mention(words: str, name: str, hallucinated: bool) -> Html:
+    if not hallucinated:
+        return tag("span", words, class_="seen", title=f"{name}: in the picture")
+    spoken = tag("span", " (not in the picture)", class_="spoken")
+    return tag("mark", words, spoken, title=f"{name}: not in the picture")
