@@ -35,12 +35,19 @@ class Visual:
         self.valid = torch.ones(count, dtype=torch.bool, device=features.device) if valid is None else valid
 
 
-def check_placeholders(tokens: Int[Tensor, "batch length"], owner: Int[Tensor, " images"], keys: Sequence[str]) -> None:
+def check_placeholders(
+    tokens: Int[Tensor, "batch length"],
+    text_valid: Bool[Tensor, "batch length"],
+    owner: Int[Tensor, " images"],
+    keys: Sequence[str],
+) -> None:
     """Refuse a batch whose placeholders and images do not match, before anything is built.
 
     Raises ModelError naming the sample, the images it has and the placeholders found.
     """
-    placeholders = (tokens == IMAGE_TOKEN).sum(1)
+    if bool((owner.diff() < 0).any()):
+        raise ModelError(f"images come in the order of their rows, so owners must ascend; found {owner.tolist()}")
+    placeholders = ((tokens == IMAGE_TOKEN) & text_valid).sum(1)
     images = torch.zeros_like(placeholders).scatter_add_(0, owner, torch.ones_like(owner))
     for row in (placeholders != images).nonzero().flatten().tolist():
         name = keys[row] if keys else f"row {row}"

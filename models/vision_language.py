@@ -118,7 +118,7 @@ class VisionLanguageModel(nn.Module):
         return Visual(self.connector(features, found.grid), self.visual_grid, inputs.owner, index, valid)
 
     def _enter(self, inputs: Inputs, side: Side) -> tuple[Tensor, Run]:
-        check_placeholders(inputs.tokens, inputs.owner, inputs.keys)
+        check_placeholders(inputs.tokens, inputs.valid, inputs.owner, inputs.keys)
         embedded = self.language.get_input_embeddings()(inputs.tokens.clamp_min(0))
         if len(inputs.images):
             visual = self.encode(inputs)
@@ -174,7 +174,7 @@ class VisionLanguageModel(nn.Module):
         weight = (weights.gather(1, layout.source) * text)[:, 1:].float()
         chosen = weight > 0
         if not bool(chosen.any()):
-            return hidden.float().sum() * 0.0, zero  # keeps every parameter in the graph
+            return self.logits(hidden[:, :1]).float().sum() * 0.0, zero  # keeps every parameter in the graph
         logits = self.logits(hidden[:, :-1][chosen]).float()  # [supervised, vocab]
         each = nn.functional.cross_entropy(logits, target[chosen], reduction="none")
         return (each * weight[chosen]).sum(), weight.sum()

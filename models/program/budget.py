@@ -45,10 +45,7 @@ class Budget:
 
     def count(self, tokens: Int[Tensor, " segments"], images: Int[Tensor, " segments"]) -> Int[Tensor, " segments"]:
         """Tokens to keep in each segment that has ``tokens`` tokens of ``images`` images: at least one, at most all."""
-        if self.tokens is not None:
-            wanted = images * self.tokens
-        else:
-            wanted = (tokens * (self.ratio or 1.0)).round().long()
+        wanted = images * self.tokens if self.tokens is not None else (tokens * (self.ratio or 1.0)).round().long()
         return wanted.clamp_min(1).minimum(tokens)
 
     def __str__(self) -> str:

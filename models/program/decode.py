@@ -30,6 +30,23 @@ def without_images(inputs: Inputs) -> Inputs:
 STREAMS: dict[str, Callable[[Inputs], Inputs]] = {"main": lambda inputs: inputs, "no_image": without_images}
 
 
+def open_streams(
+    model: VisionLanguageModel, inputs: Inputs
+) -> tuple[dict[str, Float[Tensor, "batch vocab"]], dict[str, Stream]]:
+    """Run the prompts through every stream that the attached program asks for.
+
+    Returns next-token logits and stream by name; ``"main"`` is always there.
+    """
+    rewrites = model.engine.rewrites if model.engine is not None else []
+    names = ["main", *dict.fromkeys(name for op in rewrites for name in op.streams)]
+    if unknown := set(names) - set(STREAMS):
+        raise ModelError(f"logits: unknown stream {sorted(unknown)[0]!r}; known: {', '.join(STREAMS)}")
+    opened = {name: model.prefill(STREAMS[name](inputs)) for name in names}
+    return {name: logits for name, (logits, _) in opened.items()}, {
+        name: stream for name, (_, stream) in opened.items()
+    }
+
+
 @torch.inference_mode()
 def generate(
     model: VisionLanguageModel, inputs: Inputs, *, max_new_tokens: int, stop: int, sampling: Sampling | None = None
@@ -40,14 +57,7 @@ def generate(
     chosen from the rewritten logits.
     """
     rewrites = model.engine.rewrites if model.engine is not None else []
-    names = ["main", *dict.fromkeys(name for op in rewrites for name in op.streams)]
-    if unknown := set(names) - set(STREAMS):
-        raise ModelError(f"logits: unknown stream {sorted(unknown)[0]!r}; known: {', '.join(STREAMS)}")
-    logits: dict[str, Float[Tensor, "batch vocab"]] = {}
-    streams: dict[str, Stream] = {}
-    for name in names:
-        logits[name], streams[name] = model.prefill(STREAMS[name](inputs))
-
+    logits, streams = open_streams(model, inputs)
     generator = None
     if sampling is not None:
         generator = torch.Generator(inputs.tokens.device).manual_seed(sampling.seed)
