@@ -11,6 +11,7 @@ import io
 from functools import cache
 
 import numpy as np
+from jaxtyping import Bool, UInt8
 from PIL import Image
 
 from vlm.data.scenes.classes import COLOURS, SHAPES, context_of, slot_of
@@ -21,8 +22,8 @@ NOISE = 0.10
 
 
 @cache
-def glyph_mask(shape: str, side: int) -> np.ndarray:
-    """bool [side, side]: the pixels of a shape in its box."""
+def glyph_mask(shape: str, side: int) -> Bool[np.ndarray, "{side} {side}"]:
+    """The pixels of a shape in its box."""
     y, x = np.mgrid[0:side, 0:side]
     centre = (side - 1) / 2
     distance = np.hypot(x - centre, y - centre)
@@ -44,8 +45,8 @@ def _glyph(number: int, side: int) -> tuple[np.ndarray, np.ndarray]:
     return mask, mask * np.array(COLOURS[slot_of(number)], np.float32)
 
 
-def render(scene: Scene) -> np.ndarray:
-    """uint8 [48, 48, 3], RGB."""
+def render(scene: Scene) -> UInt8[np.ndarray, "48 48 3"]:
+    """The picture: height, width, RGB."""
     rng = np.random.Generator(np.random.PCG64(scene.seed))
     picture = np.full((SIZE, SIZE, 3), rng.uniform(*BACKGROUND), np.float32)
     for item in scene.objects:
