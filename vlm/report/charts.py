@@ -55,19 +55,17 @@ class Frame:
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round numbers (1, 2 or 5 times a power of ten apart) inside [low, high], about so many."""
-    raw = (high - low) / about
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next((m * power for m in (1, 2, 5) if m * power >= raw * 0.9999), 10 * power)
+    power = 10.0 ** math.floor(math.log10((high - low) / about))
+    step = min((m * power for m in (1, 2, 5, 10)), key=lambda step: abs((high - low) / step - about))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [round(number * step, 12) for number in range(first, last + 1)]
 
 
 def running_mean(values: Sequence[float], width: int) -> list[float]:
-    """The mean of the finite ones of ``width`` (odd) neighbours; near the ends of fewer, still as many on each side."""
+    """The mean of the finite values at most ``width // 2`` places away (near the ends that is on one side more)."""
     reach, smoothed = width // 2, []
     for i in range(len(values)):
-        near = min(reach, i, len(values) - 1 - i)
-        finite = [value for value in values[i - near : i + near + 1] if math.isfinite(value)]
+        finite = [value for value in values[max(0, i - reach) : i + reach + 1] if math.isfinite(value)]
         smoothed.append(sum(finite) / len(finite) if finite else math.nan)
     return smoothed
 
@@ -137,7 +135,7 @@ def _axes(frame: Frame, x_label: str) -> Html:
 
 def _line(chart: Chart, frame: Frame, line: Line, number: int) -> Html:
     colour, dash = f"c{number % COLOURS}", DASHES[number // COLOURS % len(DASHES)] or None
-    width = max(3, len(line.y) // 20 | 1)
+    width = max(3, len(line.y) // 30 | 1)
     if chart.smooth and len(line.y) >= 20:
         raw = _path(frame, line.x, line.y, f"raw {colour}")
         return join([raw, _path(frame, line.x, running_mean(line.y, width), f"line {colour}", dash)])

@@ -15,7 +15,10 @@ RATES = ("samples_per_s", "tokens_per_s", "data_wait_s")
 
 def training(stages: list[Stage]) -> Html:
     """For each stage: loss, its own scalars (such as tag accuracy), learning rates, and how fast it went."""
-    return join(_stage(stage) for stage in stages)
+    if not stages:
+        return Html("")
+    words = "Thin lines are the values as they were logged, thick ones their mean over neighbouring steps."
+    return join([tag("p", words, class_="how"), *(_stage(stage) for stage in stages)])
 
 
 def _stage(stage: Stage) -> Html:
@@ -25,7 +28,8 @@ def _stage(stage: Stage) -> Html:
     charts = [_curve(stage, name) for name in ("loss", *own) if name in curves]
     if rates:
         lines = [Line(part, stage.steps, values) for part, values in rates.items()]
-        charts.append(draw(Chart("learning rate", "step", lines)))
+        only = f": {lines[0].label}" if len(lines) == 1 else ""
+        charts.append(draw(Chart("learning rate" + only, "step", lines)))
     charts += [_curve(stage, name) for name in RATES if name in curves]
     heading = tag("h3", f"Stage {stage.number}: {stage.name}", tag("small", f" {_length(stage)}"))
     return tag("section", heading, tag("div", *charts, class_="charts"), class_="stage")

@@ -157,20 +157,21 @@ def _saved(plain: Result, method: Result) -> str:
         parts.append(f"{b.llm_flops_per_prompt / a.llm_flops_per_prompt:.0%} of the language model's FLOPs")
     if a.kv_bytes_per_prompt and b.kv_bytes_per_prompt is not None:
         parts.append(f"{b.kv_bytes_per_prompt / a.kv_bytes_per_prompt:.0%} of the KV bytes")
-    return f" Price: {_and(parts)}."
+    return f" Against plain it computes with {_and(parts)}."
 
 
 def _overall(evaluation: Evaluation, plain: Result) -> list[Finding]:
-    """Whether any mitigator lowers CHAIRs at all, and that many comparisons make some of them wrong."""
-    caption = [q for q in judged(evaluation.results) if q.field == "chair_s"]
+    """Whether any mitigator lowers CHAIRs at all, and that among many comparisons some are wrong."""
+    quantities = judged(evaluation.results)
     mitigators = [method for method in evaluation.methods if method.mitigate and not method.prune]
     found = []
-    if caption and mitigators:
-        better = [m.label for m in mitigators if any(_helps(q, plain, m) for q in caption)]
-        counted = f"{len(better)} of {len(mitigators)}" if better else f"None of the {len(mitigators)}"
-        who = f" ({_and(better)})" if better else ""
-        found.append(Finding("fact", f"{counted} mitigators measurably lowers CHAIRs on some set of captions{who}."))
-    total = len(evaluation.methods) * len(judged(evaluation.results))
+    for quantity in quantities:
+        if quantity.field == "chair_s" and mitigators:
+            better = [method.label for method in mitigators if _helps(quantity, plain, method)]
+            who = f"{len(better)} of {len(mitigators)} ({_and(better)})" if better else "none"
+            what = quantity_title(quantity, evaluation)
+            found.append(Finding("fact", f"Mitigators that measurably lower {what}: {who}."))
+    total = len(evaluation.methods) * len(quantities)
     if total > 10:
         note = f"{total} differences were judged one by one; among so many, a few can leave their interval by chance."
         found.append(Finding("caution", note))

@@ -109,7 +109,7 @@ def _tiles(run: Run) -> Html:
             where = (
                 title(name, names) if isinstance(scores, YesNo) else title(name, names).removeprefix("CHAIR").strip()
             )
-            interval = tag("small", f"{scores.ci[0]:.3f}–{scores.ci[1]:.3f}") if scores.ci else ""
+            interval = tag("small", tables.interval_words(scores.ci)) if scores.ci else ""
             of = f"n = {scores.n}" if scores.n is not None else ""
             label = f"{where} {what}" if isinstance(scores, YesNo) else f"{what} {where}"
             tiles.append(

@@ -38,7 +38,10 @@ def _view(picture: Picture, view: View, name: str) -> Html:
     image = tag("use", href=f"#{name}")
     figures = []
     patches = view.grid[0] * view.grid[1]
-    if view.kept is not None:
+    if view.kept is None:
+        drawing = _drawing(picture, image, f"{view.label}: all {patches} patches of picture {picture.key}")
+        figures.append(tag("figure", drawing, tag("figcaption", f"all {patches} patches")))
+    else:
         count = len(set(view.kept))
         words = f"{view.label}: kept {count} of {patches} patches of picture {picture.key}; the others are dimmed"
         drawing = _drawing(picture, image, words, _dropped(picture, view), _kept(picture, view))

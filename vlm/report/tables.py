@@ -7,7 +7,7 @@ from typing import Any
 from vlm.report.compare import Difference, Quantity, benchmarks, difference, judged, quantities, title
 from vlm.report.findings import quantity_title
 from vlm.report.html import Html, join, tag
-from vlm.report.read import Cost, Evaluation, Result
+from vlm.report.read import Cost, Evaluation, Interval, Result
 
 SIGNS = {"helps": "▲", "hurts": "▼", "same": "●"}
 WORDS = {"helps": "better than plain", "hurts": "worse than plain", "same": "no measurable change"}
@@ -28,7 +28,7 @@ def comparison(evaluation: Evaluation) -> Html:
     head = tag(
         "thead",
         tag("tr", tag("th", "result", rowspan=2, scope="col"), tag("th", "visual tokens", rowspan=2, scope="col"),
-            *groups, tag("th", "cost, relative to plain", colspan=3, scope="colgroup", class_="group")),
+            *groups, tag("th", "cost (×: relative to plain)", colspan=3, scope="colgroup", class_="group")),
         tag("tr", *(tag("th", q.title, scope="col", class_="group" if q in firsts else None) for q in shown),
             tag("th", "LLM FLOPs", scope="col", class_="group"), tag("th", "KV bytes", scope="col"),
             tag("th", "seconds", scope="col")),
@@ -49,7 +49,7 @@ def _row(evaluation: Evaluation, result: Result, shown: Sequence[Quantity], firs
         *cells,
         tag("td", _ratio(result.cost.llm_flops_per_prompt, base.llm_flops_per_prompt), class_="group"),
         tag("td", _ratio(result.cost.kv_bytes_per_prompt, base.kv_bytes_per_prompt)),
-        tag("td", "–" if result.cost.seconds is None else f"{result.cost.seconds:.3g}"),
+        tag("td", "–" if result.cost.seconds is None else f"{result.cost.seconds:.1f}"),
         class_="plain" if result.is_plain else None,
     )
 
@@ -60,7 +60,7 @@ def _tokens(result: Result) -> Html:
         return tag("td", "–")
     parts = [tag("b", f"{tokens.after:g}"), f" of {tokens.before:g}"]
     if tokens.average is not None and tokens.average != tokens.after:
-        parts.append(tag("small", f"{tokens.average:.3g} on average", title="mean over the layers of the decoder"))
+        parts.append(tag("small", f"mean {tokens.average:.3g}", title="mean over the layers of the decoder"))
     return tag("td", *parts)
 
 
@@ -76,7 +76,7 @@ def _cell(quantity: Quantity, plain: Result | None, result: Result, names: str |
     parts: list[str] = [tag("span", number(quantity, value), class_="value")]
     interval = quantity.interval(result)
     if interval:
-        parts.append(tag("small", f"{interval[0]:.3f}–{interval[1]:.3f}", title="confidence interval"))
+        parts.append(tag("small", interval_words(interval), title="confidence interval"))
     before = quantity.of(plain) if plain else None
     if plain is not None and not result.is_plain and before is not None:
         parts.append(_delta(quantity, value - before, difference(quantity, plain, result)))
@@ -94,6 +94,11 @@ def number(quantity: Quantity, value: float) -> str:
     return f"{value:.3f}" if quantity.is_rate else f"{value:.1f}"
 
 
+def interval_words(interval: Interval) -> str:
+    """``.892–.920``, without the zeros that every rate begins with."""
+    return "–".join(f"{end:.3f}".removeprefix("0") for end in interval)
+
+
 def signed(quantity: Quantity, change: float) -> str:
     """With a real minus sign; a change that rounds to nothing has no sign."""
     size = number(quantity, abs(change))
@@ -105,18 +110,13 @@ def differences(evaluation: Evaluation) -> Html:
     plain, columns = evaluation.plain, judged(evaluation.results)
     if plain is None or not columns or not evaluation.methods:
         return Html("")
-    found = {
-        (method.label, q): change
-        for method in evaluation.methods
-        for q in columns
-        if (change := difference(q, plain, method)) is not None
-    }
-    reach = {q: _reach([d for (_, other), d in found.items() if other == q]) for q in columns}
+    found = [{q: difference(q, plain, method) for q in columns} for method in evaluation.methods]
+    reach = {q: _reach([change for changes in found if (change := changes[q])]) for q in columns}
     head = tag("tr", tag("th", "result", scope="col"), *(_head(q, evaluation) for q in columns))
     rows = [
         tag("tr", tag("th", method.label, scope="row"),
-            *(tag("td", _interval(found.get((method.label, q)), reach[q])) for q in columns))
-        for method in evaluation.methods
+            *(tag("td", _interval(changes[q], reach[q])) for q in columns))
+        for method, changes in zip(evaluation.methods, found, strict=True)
     ]  # fmt: skip
     scale = tag("tr", tag("th", "scale", scope="row"), *(tag("td", _scale(reach[q])) for q in columns), class_="scale")
     table = tag("table", tag("thead", head), tag("tbody", *rows), tag("tfoot", scale), class_="differences")
@@ -168,21 +168,21 @@ def protocols(evaluation: Evaluation) -> Html:
 
 
 def _card(evaluation: Evaluation, benchmark: str, heading: str) -> Html:
-    cards = {r.label: r.protocol.get(benchmark) for r in evaluation.results if benchmark in r.metrics}
-    without = [label for label, card in cards.items() if not card]
-    keys = list(dict.fromkeys(key for card in cards.values() for key in card or {}))
+    cards = [(r.label, r.protocol.get(benchmark, {})) for r in evaluation.results if benchmark in r.metrics]
+    without = [label for label, card in cards if not card]
+    keys = list(dict.fromkeys(key for _, card in cards for key in card))
     rows = [tag("tr", tag("th", key.replace("_", " "), scope="row"), tag("td", _entry(cards, key))) for key in keys]
     if without:
         rows.append(tag("tr", tag("th", "no card"), tag("td", ", ".join(without)), class_="missing"))
     return tag("details", tag("summary", heading), tag("table", tag("tbody", *rows), class_="card"))
 
 
-def _entry(cards: dict[str, dict[str, Any] | None], key: str) -> Html:
+def _entry(cards: Sequence[tuple[str, dict[str, Any]]], key: str) -> Html:
     """One value when all results agree, else the value of each."""
-    values = {label: _plain_words(card[key]) for label, card in cards.items() if card and key in card}
-    if len(set(values.values())) == 1:
-        return tag("span", next(iter(values.values())))
-    return tag("ul", *(tag("li", f"{label}: {value}") for label, value in values.items()))
+    values = [(label, _plain_words(card[key])) for label, card in cards if key in card]
+    if len({value for _, value in values}) == 1:
+        return tag("span", values[0][1])
+    return tag("ul", *(tag("li", f"{label}: {value}") for label, value in values))
 
 
 def _plain_words(value: Any) -> str:
