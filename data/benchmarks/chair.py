@@ -118,24 +118,29 @@ class Chair:
         }
         return {"": changes}
 
-    def mark(self, image: str, caption: str) -> list[dict[str, Any]]:
-        """The caption's mentions for a picture of it: text, start, end, object, hallucinated.
-
-        Raises:
-            DataError: the image is not in the truth.
-        """
-        if image not in self._truth:
-            raise DataError(f"chair: image {image!r} is not in {self._truth_files[0]}")
+    def mentions(self, question: str, answer: str) -> list[dict[str, Any]]:
+        """What an answer names, in order: text, start, end, object, hallucinated. Raises DataError as `truth_of`."""
+        truth = self.truth_of(question)
         return [
             {
                 "text": mention.text,
                 "start": mention.start,
                 "end": mention.end,
                 "object": mention.object,
-                "hallucinated": mention.object not in self._truth[image],
+                "hallucinated": mention.object not in truth,
             }
-            for mention in self._vocabulary.mentions(caption)
+            for mention in self._vocabulary.mentions(answer)
         ]
+
+    def truth_of(self, question: str) -> frozenset[str]:
+        """What is in the picture of a question, by its id.
+
+        Raises:
+            DataError: no such question.
+        """
+        if question not in self._truth:
+            raise DataError(f"chair: image {question!r} is not in {self._truth_files[0]}")
+        return self._truth[question]
 
     def protocol(self) -> dict[str, dict[str, Any]]:
         """The one card."""

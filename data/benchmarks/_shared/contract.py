@@ -35,7 +35,8 @@ class Benchmark(Protocol):
     """The fields and methods the runner relies on.
 
     `source` names paper and section, `verified` how far our version was compared with the published one.
-    `ask` and not `questions`, since a recipe calls its question files that.
+    `ask` and not `questions`, since a recipe calls its question files that. A benchmark of captions also has
+    `mentions(question id, answer)` and `truth_of(question id)`, from which the report draws its pictures.
     """
 
     source: ClassVar[str]

@@ -149,10 +149,13 @@ def test_comparison_is_paired_by_image(chair):
 
 
 def test_marks_for_a_picture(chair):
-    assert chair(TRUTH).mark("a", "A dog and horses") == [
+    assert chair(TRUTH).truth_of("a") == {"dog", "cat"}
+    assert chair(TRUTH).mentions("a", "A dog and horses") == [
         {"text": "dog", "start": 2, "end": 5, "object": "dog", "hallucinated": False},
         {"text": "horses", "start": 10, "end": 16, "object": "horse", "hallucinated": True},
     ]
+    with pytest.raises(DataError, match="'z' is not in"):
+        chair(TRUTH).mentions("z", "a dog")
 
 
 def test_questions_and_limit(chair):
