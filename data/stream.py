@@ -1,0 +1,329 @@
+"""The training stream: windows of the global batch, in an order that no number of processes can change.
+
+    Order (position -> sample) -> slots of the global batch -> windows of one rank -> workers -> micro-batches
+
+The global batch has B slots; slot k owns positions k, k+B, k+2B, ... A rank owns B/world slots side by side, and one
+optimizer step of it is a window: the next position of each. Workers prepare whole windows in turn. The state after a
+window travels with its micro-batches, so what was prefetched and never consumed was never counted
+(spec/frameworks §4.3).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+from vlm.data.batch import Batch, Example, blank_example
+from vlm.data.draw import Draw
+from vlm.data.errors import DataError
+from vlm.data.order import Order, Shuffle
+from vlm.data.schema import Sample
+from vlm.data.store import Store
+
+log = logging.getLogger(__name__)
+
+STATE_VERSION = 1
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """Sizes of the stream: samples per step of all ranks, per micro-batch of one rank; ranks; workers; steps in all.
+
+    Raises:
+        DataError: the micro-batch does not divide the global batch, or the world does not divide what remains.
+    """
+
+    global_batch: int
+    micro_batch: int
+    world: int
+    rank: int
+    workers: int
+    seed: int
+    steps: int
+
+    def __post_init__(self) -> None:
+        if self.micro_batch < 1 or self.global_batch < 1 or self.global_batch % self.micro_batch:
+            raise DataError(f"micro_batch: expected a divisor of {self.global_batch}, found {self.micro_batch}")
+        legal = legal_worlds(self.global_batch, self.micro_batch)
+        if self.world not in legal:
+            listed = ", ".join(map(str, legal))
+            raise DataError(
+                f"world size: global_batch {self.global_batch} in micro-batches of {self.micro_batch}:"
+                f" expected one of {listed}, found {self.world}"
+            )
+        if not 0 <= self.rank < self.world or self.workers < 0 or self.steps < 0:
+            raise DataError(
+                f"stream: expected rank 0 to {self.world - 1}, workers and steps of at least 0, found {self}"
+            )
+
+    @property
+    def slots(self) -> range:
+        """The slots this rank owns."""
+        own = self.global_batch // self.world
+        return range(self.rank * own, (self.rank + 1) * own)
+
+
+def legal_worlds(global_batch: int, micro_batch: int) -> list[int]:
+    """World sizes that share out whole micro-batches evenly."""
+    micro_batches = global_batch // micro_batch
+    return [world for world in range(1, micro_batches + 1) if micro_batches % world == 0]
+
+
+@dataclass(frozen=True)
+class BadSamplePolicy:
+    """How many unreadable samples a rank puts up with: in a row, and of all it has seen beyond a few."""
+
+    max_consecutive: int = 16
+    max_fraction: float = 0.001
+    grace: int = 8
+
+
+@dataclass
+class MicroBatch:
+    """What one forward and backward pass takes.
+
+    `window_weight` sums the loss weights of this rank's whole window (all micro-batches of one optimizer step), `state`
+    is that of this rank's slots after the window, `skipped` the (key, reason) of samples replaced by blanks.
+    """
+
+    batch: Batch
+    step: int
+    ids: list[str]
+    slots: list[int]
+    window_weight: float
+    last_in_window: bool
+    state: State
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+
+Prepare = Callable[[Sample, Draw], Example]
+Collate = Callable[[list[Example]], Batch]
+
+
+class SampleStream:
+    """Iterates over the micro-batches that remain, from `start_step` and `state` to the end of the run.
+
+    Args:
+        stores: the sources of the mixture, with their relative `weights`.
+        prepare: sample -> example; what it raises as DataError or OSError makes the sample a skip. Picklable.
+        collate: examples -> batch. Picklable.
+        state: what `merge_states` made of all ranks' states; None starts at the beginning.
+        start_step: the number of the first window, as counted in `MicroBatch.step`.
+        pad_id: the token of a blank example.
+
+    Raises:
+        DataError: a state of another global batch, order or data; too many bad samples (while iterating).
+    """
+
+    def __init__(
+        self,
+        stores: Sequence[Store],
+        weights: Sequence[float],
+        config: StreamConfig,
+        prepare: Prepare,
+        collate: Collate,
+        state: State | None = None,
+        start_step: int = 0,
+        tolerance: BadSamplePolicy | None = None,
+        pad_id: int = 0,
+        shuffle: Shuffle = "full",
+    ):
+        self.config, self.start_step = config, start_step
+        self.tolerance = tolerance or BadSamplePolicy()
+        shard_sizes = [store.manifest.shard_sizes for store in stores]
+        order = Order([len(store) for store in stores], weights, config.seed, shuffle, shard_sizes)
+        identity = order_identity(stores, weights, config.seed, shuffle)
+        positions = _start_positions(config, identity, state)
+        self._windows = _Windows(stores, order, config, prepare, collate, identity, positions, start_step, pad_id)
+
+    def __len__(self) -> int:
+        return len(self._windows) * (len(self.config.slots) // self.config.micro_batch)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        watch = _SkipWatch(self.tolerance)
+        for window in self._loader():
+            if isinstance(window, DataError):
+                raise window
+            for micro_batch in window:
+                watch.see(micro_batch)
+            yield from window
+
+    def _loader(self) -> Iterable[list[MicroBatch] | DataError]:
+        workers = self.config.workers
+        return DataLoader(
+            self._windows,
+            batch_size=None,
+            num_workers=workers,
+            # forked workers start at once; spawned ones import torch first, which takes seconds
+            multiprocessing_context=("fork" if sys.platform == "linux" else "spawn") if workers else None,
+            worker_init_fn=_start_worker,
+        )
+
+
+def order_identity(stores: Sequence[Store], weights: Sequence[float], seed: int, shuffle: Shuffle) -> str:
+    """A short hash of all that the order depends on; states of another order are refused."""
+    parts = ([store.manifest.hash for store in stores], list(map(float, weights)), seed, shuffle)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def merge_states(states: Sequence[State]) -> State:
+    """One state of all slots from the states of all ranks.
+
+    Raises:
+        DataError: slots missing, given twice with different positions, or states of different orders.
+    """
+    merged: dict[str, dict[str, int]] = {}
+    for state in states:
+        for slot, value in state["slots"].items():
+            if merged.setdefault(slot, value) != value:
+                raise DataError(f"state: slot {slot}: expected one position, found {merged[slot]} and {value}")
+    orders = sorted({state["order"] for state in states})
+    if len(orders) != 1 or sorted(map(int, merged)) != list(range(len(merged))):
+        raise DataError(f"state: expected all slots of one order, found {len(merged)} slots of orders {orders}")
+    slots = {str(slot): merged[str(slot)] for slot in range(len(merged))}
+    return {"version": STATE_VERSION, "order": orders[0], "slots": slots}
+
+
+def step_ids(parts: Iterable[tuple[Sequence[int], Sequence[str]]]) -> list[str]:
+    """The sample ids of one global step in slot order, from the (slots, ids) of all its micro-batches on all ranks."""
+    by_slot = {slot: name for slots, ids in parts for slot, name in zip(slots, ids, strict=True)}
+    return [by_slot[slot] for slot in sorted(by_slot)]
+
+
+def _start_positions(config: StreamConfig, identity: str, state: State | None) -> dict[int, int]:
+    """Next position of each slot of this rank."""
+    if state is None:
+        return {slot: slot for slot in config.slots}
+    if state.get("version") != STATE_VERSION:
+        raise DataError(f"state: expected version {STATE_VERSION}, found {state.get('version')!r}")
+    if len(state["slots"]) != config.global_batch:
+        found = len(state["slots"])
+        raise DataError(
+            f"state: expected the {config.global_batch} slots of global_batch, found {found}; keep it fixed"
+        )
+    if state["order"] != identity:
+        raise DataError(
+            f"state: expected order {identity} (data, weights, seed, shuffle), found {state['order']}:"
+            " it was saved over other data"
+        )
+    return {slot: state["slots"][str(slot)]["position"] for slot in config.slots}
+
+
+class _Windows(Dataset):
+    """The windows of one rank by number; a worker can make any of them without knowing the others."""
+
+    def __init__(
+        self,
+        stores: Sequence[Store],
+        order: Order,
+        config: StreamConfig,
+        prepare: Prepare,
+        collate: Collate,
+        identity: str,
+        positions: dict[int, int],
+        start_step: int,
+        pad_id: int,
+    ):
+        self.stores, self.order, self.config = stores, order, config
+        self.prepare, self.collate = prepare, collate
+        self.identity, self.positions, self.start_step, self.pad_id = identity, positions, start_step, pad_id
+
+    def __len__(self) -> int:
+        return max(0, self.config.steps - self.start_step)
+
+    def __getitem__(self, window: int) -> list[MicroBatch] | DataError:
+        if not 0 <= window < len(self):
+            raise IndexError(window)
+        try:
+            return self._window(window)
+        except DataError as error:  # raised by the reader: a worker's exceptions arrive wrapped in its traceback
+            return error
+
+    def _window(self, window: int) -> list[MicroBatch]:
+        size, slots = self.config.micro_batch, list(self.config.slots)
+        micro_batches = [self._micro_batch(window, slots[n : n + size]) for n in range(0, len(slots), size)]
+        total = sum(float(micro_batch.batch.weights.sum()) for micro_batch in micro_batches)
+        for micro_batch in micro_batches:
+            micro_batch.window_weight = total
+        micro_batches[-1].last_in_window = True
+        return micro_batches
+
+    def _micro_batch(self, window: int, slots: list[int]) -> MicroBatch:
+        skipped: list[tuple[str, str]] = []
+        examples = [self._example(self._position(slot, window), skipped) for slot in slots]
+        return MicroBatch(
+            batch=self.collate(examples),
+            step=self.start_step + window,
+            ids=[example.key for example in examples],
+            slots=slots,
+            window_weight=0.0,
+            last_in_window=False,
+            state=self._state_after(window),
+            skipped=skipped,
+        )
+
+    def _position(self, slot: int, window: int) -> int:
+        return self.positions[slot] + window * self.config.global_batch
+
+    def _state_after(self, window: int) -> State:
+        slots = {str(slot): {"position": self._position(slot, window + 1)} for slot in self.config.slots}
+        return {"version": STATE_VERSION, "order": self.identity, "slots": slots}
+
+    def _example(self, position: int, skipped: list[tuple[str, str]]) -> Example:
+        place = self.order.at(position)
+        store = self.stores[place.source]
+        key = store.key(place.number)
+        try:
+            return self.prepare(store.read(place.number), Draw(position, place.epoch, self.config.seed))
+        except (DataError, OSError) as error:
+            skipped.append((key, str(error)))
+            return blank_example(self.pad_id, key, position)
+
+
+class _SkipWatch:
+    """Logs skipped samples of a rank and stops the run when there are too many."""
+
+    def __init__(self, policy: BadSamplePolicy):
+        self.policy = policy
+        self.seen = 0
+        self.row: list[str] = []
+        self.keys: deque[str] = deque(maxlen=policy.grace + policy.max_consecutive)
+        self.count = 0
+
+    def see(self, micro_batch: MicroBatch) -> None:
+        reasons = dict(micro_batch.skipped)
+        for key in micro_batch.ids:
+            self.seen += 1
+            if key not in reasons:
+                self.row = []
+                continue
+            log.warning("skipped at step %d: %s", micro_batch.step, reasons[key])
+            self._count(key, reasons[key])
+
+    def _count(self, key: str, reason: str) -> None:
+        self.count += 1
+        self.row.append(key)
+        self.keys.append(key)
+        if len(self.row) > self.policy.max_consecutive:
+            keys = ", ".join(self.row)
+            most = self.policy.max_consecutive
+            raise DataError(f"bad samples: expected at most {most} in a row, found {keys}; the last: {reason}")
+        allowed = self.policy.grace + self.policy.max_fraction * self.seen
+        if self.count > allowed:
+            raise DataError(
+                f"bad samples: expected at most {self.policy.max_fraction:.2%} (and {self.policy.grace}),"
+                f" found {self.count} of {self.seen}: {', '.join(self.keys)}; the last: {reason}"
+            )
+
+
+def _start_worker(_: int) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # it warns in forked processes otherwise
