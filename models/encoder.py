@@ -1,6 +1,6 @@
 """What a vision encoder hands over, and the adapter that makes any timm model one."""
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float
@@ -43,7 +43,7 @@ class TimmEncoder(nn.Module):
     what LLaVA takes at -2 (spec/backbones.md 3.1).
     """
 
-    def __init__(self, model: nn.Module, image: ImageSpec, layer: int = -1) -> None:
+    def __init__(self, model: Any, image: ImageSpec, layer: int = -1) -> None:
         super().__init__()
         depth = len(model.feature_info) if hasattr(model, "feature_info") else 0
         if not hasattr(model, "forward_intermediates") or not -depth <= layer < depth:
@@ -51,7 +51,7 @@ class TimmEncoder(nn.Module):
             raise ModelError(f"model.vision: {name} has feature layers {-depth}..{depth - 1}; found layer {layer}")
         self.norm = layer in (-1, depth - 1)
         if hasattr(model, "prune_intermediate_layers"):
-            model.prune_intermediate_layers([layer], prune_norm=not self.norm, prune_head=True)  # type: ignore[operator]
+            model.prune_intermediate_layers([layer], prune_norm=not self.norm, prune_head=True)
             layer = -1
         self.model, self.layer, self.image = model, layer, image
         self.dim, self.grid = self._probe()

@@ -141,8 +141,6 @@ class VisionLanguageModel(nn.Module):
         return Visual(empty, self.visual_grid, inputs.owner), embedded
 
     def _decode(self, embeds: Tensor, run: Run, cache: DynamicCache | None) -> Float[Tensor, "batch rows width"]:
-        if self.engine is not None:
-            self.engine.run = run
         layout = run.layouts[0]
         # The mask is always given: without one Transformers reads jumps of position ids as packed samples.
         return self.decoder(
@@ -151,6 +149,7 @@ class VisionLanguageModel(nn.Module):
             position_ids=layout.position[:, -embeds.shape[1] :],
             past_key_values=cache,
             use_cache=cache is not None,
+            **({} if self.engine is None else self.engine.tag(run)),
         ).last_hidden_state
 
     def logits(self, hidden: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows vocab"]:

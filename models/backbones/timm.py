@@ -1,8 +1,10 @@
 """Any timm vision model as the encoder: ``vision: {timm: vit_so400m_patch14_siglip_384, layer: -2}``."""
 
-from typing import ClassVar
+from difflib import get_close_matches
+from typing import Any, ClassVar
 
 import timm
+from timm.data import resolve_model_data_config
 
 from vlm.models.encoder import ImageSpec, TimmEncoder
 from vlm.models.errors import ModelError
@@ -23,12 +25,12 @@ class Timm(TimmEncoder):
 
     def __init__(self, name: str, layer: int = -1, pretrained: bool = False, image: int | None = None) -> None:
         if not timm.is_model(name):
-            near = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:5]
+            near = get_close_matches(name.split(".")[0], timm.list_models(), n=5)
             raise ModelError(f"model.vision: timm has no model {name!r}; similar: {', '.join(near) or 'none'}")
         own = timm.get_pretrained_cfg(name) or timm.get_pretrained_cfg(name.split(".")[0])
         native = own.input_size[-1] if own else 224
-        sized = {"img_size": image} if image and image != native else {}
+        sized: dict[str, Any] = {"img_size": image} if image and image != native else {}
         model = timm.create_model(name, pretrained=pretrained, num_classes=0, **sized)
-        config = timm.data.resolve_model_data_config(model)
+        config = resolve_model_data_config(model)
         spec = ImageSpec(image or native, tuple(config["mean"]), tuple(config["std"]), config["interpolation"])
         super().__init__(model, spec, layer)

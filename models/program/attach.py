@@ -7,12 +7,13 @@
 Three seams, none of which patches a class or copies modeling code: a registered attention function (registered
 for masks too, otherwise Transformers drops the padding mask silently), a forward pre-hook on decoder layers, and
 calls from the composed model at ``vit.out`` and ``llm.in``. A pre-hook rather than a decoder loop of our own: it
-leaves each family's forward as it is, and gradient checkpointing (which wraps only ``forward``) never replays it,
-so a selection is made once.
+leaves each family's forward as it is. What a pass knows of its sequence (:class:`Run`) travels with it as a keyword
+argument, through the decoder's layers to the attention function, so that gradient checkpointing recomputes a layer
+with the sequence and the selection it had, whatever ran since.
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,7 +31,6 @@ from vlm.models.program.layout import Layout, compact
 from vlm.models.program.program import (
     LLM_IN,
     VIT_OUT,
-    Decoder,
     Keys,
     Peak,
     Program,
@@ -41,10 +41,13 @@ from vlm.models.program.program import (
     Signal,
     Tap,
     Tokens,
+    check,
+    signals_of,
 )
 from vlm.models.program.run import Run
 
 ATTENTION = "vlm_program"
+RUN = "vlm_run"
 _ENGINES: "weakref.WeakKeyDictionary[nn.Module, Engine]" = weakref.WeakKeyDictionary()
 
 
@@ -54,7 +57,6 @@ class Engine:
     def __init__(self, decoder: Any, program: Program) -> None:
         self.decoder = decoder
         self.program = program
-        self.run: Run | None = None  # of the stream whose pass is under way
         self.rewrites = [op for _, op in program if isinstance(op, Rewrite)]
         self.cuts: dict[int, Select] = {}
         self.regroups: dict[int, list[Regroup]] = {}
@@ -67,7 +69,7 @@ class Engine:
             elif isinstance(op, Tap):
                 self.taps.setdefault(site.layer, []).append(op)
         self.feature_cut = next((op for site, op in program if site == VIT_OUT and isinstance(op, Select)), None)
-        needs = _signals(program)
+        needs = signals_of(program)
         self.peaks = {s.layer: [p for p in needs if isinstance(p, Peak) and p.layer == s.layer] for s in needs}
         self.received = {s.layer: s for s in needs if isinstance(s, Received)}
 
@@ -80,6 +82,11 @@ class Engine:
     @property
     def sees_attention(self) -> bool:
         return bool(self.received or self.regroups)
+
+    def tag(self, run: Run) -> dict[str, Run]:
+        """Keyword arguments that the decoder's forward must carry for ``run``; none if nothing acts inside it."""
+        inside = self.sees_attention or self.first_hooked < len(self.decoder.layers)
+        return {RUN: run} if inside else {}
 
     # vit.out and llm.in: called by the model
 
@@ -94,18 +101,14 @@ class Engine:
 
     def enter_language(self, hidden: Float[Tensor, "batch length width"], run: Run) -> Tensor:
         """Apply the cut at ``llm.in``; ``run`` then holds the layout of what goes on."""
-        self.run = run
         return self._cut(0, hidden, run) if 0 in self.cuts else hidden
 
     # llm.before[k] and hidden-state signals: called by the pre-hook of every decoder layer from the first that matters
 
     def enter_layer(self, layer: int, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        run = self.run
-        if run is None:
-            return None
-        hidden = args[0]
+        run, hidden = _run_of(kwargs), args[0]
         if run.prompt:
-            if layer > 0 and layer in self.cuts and not run.has_stage(layer):
+            if layer > 0 and layer in self.cuts:
                 hidden = self._cut(layer, hidden, run)
             for signal in self.peaks.get(layer, ()):
                 run.signals[signal] = _peak(hidden.detach(), signal)
@@ -122,30 +125,35 @@ class Engine:
         return (hidden, *args[1:]), kwargs
 
     def _cut(self, layer: int, hidden: Tensor, run: Run) -> Tensor:
+        """Drop what the cut at ``layer`` drops. Made once: a recomputed layer gets the selection of the first pass."""
+        if layer not in run.kept:
+            run.kept[layer] = self._make_cut(layer, hidden, run)
+        index = run.kept[layer]
+        return hidden if index is None else hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[2]))
+
+    def _make_cut(self, layer: int, hidden: Tensor, run: Run) -> Int[Tensor, "batch kept"] | None:
+        """Choose at ``layer`` and enter the new stage in ``run``; the kept places, None when all stay."""
         op, layout = self.cuts[layer], run.layouts[run.stage(layer)]
         place, valid = compact(layout.visual, "right")  # [B,P] places of the visual tokens of each sample
         if place.shape[1] == 0:
-            return hidden
+            return None
         x = hidden.detach().gather(1, place[..., None].expand(-1, -1, hidden.shape[2]))
         images = _count_images(layout)
         tokens = Tokens(x, valid, run.segment_seed(layout), lambda signal: run.signals[signal].gather(1, place))
         kept = _choose(op, tokens, images)
         if kept is None:
-            return hidden
+            return None
         keep = layout.valid & ~layout.visual  # text stays
         keep = keep.scatter(1, place, kept | keep.gather(1, place))
         index, real = compact(keep, run.side)
         cut = layout.take(index, real)
         run.add_stage(layer, cut.reindexed() if op.position == "reindex" else cut)
-        return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[2]))  # [B,K,D]
+        return index
 
     # attn[l]: called by the registered attention function
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float | None) -> Tensor:
+    def attend(self, run: Run, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float | None) -> Tensor:
         """Read the signals of this layer and reweigh its attention. ``out`` is plain attention [B,Q,H,D]."""
-        run = self.run
-        if run is None:
-            return out
         layout = run.layouts[run.stage(layer)]
         if layer in self.received:
             with torch.no_grad():
@@ -153,16 +161,15 @@ class Engine:
                 got = received_attention(q, k, None, last, key_valid=layout.valid, scale=scale)
             run.signals[self.received[layer]] = got.mean(1)  # [B,K]
         for op in self.regroups.get(layer, ()):
-            out = self._regroup(op, layout, q, k, v, out, scale)
+            out = self._regroup(op, layout, run, q, k, v, out, scale)
         for tap in self.taps.get(layer, ()):
             tap.receive(run.signals[tap.signal], layout)
         return out
 
     def _regroup(
-        self, op: Regroup, layout: Layout, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float | None
+        self, op: Regroup, layout: Layout, run: Run, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float | None
     ) -> Tensor:
-        run, rows, keys = self.run, q.shape[2], k.shape[2]
-        assert run is not None
+        rows, keys = q.shape[2], k.shape[2]
         after = layout.last(layout.visual)  # [B], -1 for a sample without an image
         start = max(int(after.masked_fill(after < 0, keys).min()) + 1 - (keys - rows), 0)
         if start >= rows:
@@ -175,6 +182,16 @@ class Engine:
         )
         tail = torch.where(chosen[:, :, None, None], new.transpose(1, 2), out[:, start:])
         return torch.cat([out[:, :start], tail], 1)
+
+
+def _run_of(kwargs: Mapping[str, Any]) -> Run:
+    """The run of the pass that calls. Raises ModelError when it did not travel with the pass."""
+    if RUN not in kwargs:
+        raise ModelError(
+            "attach: under a program the language model runs only as a part of its vision-language model, and its "
+            f"layers must hand their keyword arguments to attention; {RUN!r} is missing"
+        )
+    return kwargs[RUN]
 
 
 def _no_signal(signal: Signal) -> Tensor:
@@ -202,18 +219,6 @@ def _peak(hidden: Float[Tensor, "batch length width"], signal: Peak) -> Float[Te
     return x[..., list(signal.dims)].amax(-1) if signal.dims else x.amax(-1)
 
 
-def _signals(program: Program) -> set[Signal]:
-    needs: set[Signal] = set()
-    for _, op in program:
-        if isinstance(op, Select):
-            needs.update(op.selector.needs)
-        elif isinstance(op, Regroup):
-            needs.update(op.needs)
-        elif isinstance(op, Tap):
-            needs.add(op.signal)
-    return needs
-
-
 def _program_attention(
     module: nn.Module,
     query: Tensor,
@@ -229,28 +234,13 @@ def _program_attention(
     )
     engine = _ENGINES.get(module)
     if engine is not None:
-        out = engine.attend(module.layer_idx, query, key, value, out, scaling)  # type: ignore[arg-type]
+        layer: Any = module.layer_idx
+        out = engine.attend(_run_of(kwargs), layer, query, key, value, out, scaling)
     return out, None
 
 
 AttentionInterface.register(ATTENTION, _program_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-
-
-def check(program: Program, decoder: Decoder) -> None:
-    """Refuse a program that does not fit ``decoder``. Raises ModelError: site, expected, found."""
-    for site, op in program:
-        if site.layer >= decoder.layers or (site.name == "llm.before" and site.layer < 1):
-            first = 1 if site.name == "llm.before" else 0
-            raise ModelError(f"{site}: the language model has layers {first}..{decoder.layers - 1}; found {site.layer}")
-        for signal in _signals(((site, op),)):
-            if not 0 <= signal.layer < decoder.layers:
-                raise ModelError(f"{site}: it asks for {signal}, but layers are 0..{decoder.layers - 1}")
-            if site.name == "llm.before" and signal.layer >= site.layer:
-                raise ModelError(f"{site}: it asks for {signal}, which is known only after that layer")
-    cuts = [site for site, op in program if isinstance(op, Select)]
-    if len(cuts) != len(set(cuts)):
-        raise ModelError(f"{cuts[0]}: two cuts at one site; found {', '.join(map(str, cuts))}")
 
 
 @contextmanager
@@ -297,7 +287,9 @@ def attach(model: Any, program: Program) -> Iterator[None]:
 def _check_decoder(language: Any, decoder: Any) -> None:
     config = language.config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"} or (getattr(config, "sliding_window", None) and config.use_sliding_window):
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        kinds.add("sliding_attention")
+    if kinds != {"full_attention"}:
         raise ModelError(f"attach: programs inside the language model need full attention; found {sorted(kinds)}")
     if not all(hasattr(layer, "self_attn") for layer in decoder.layers) or not hasattr(decoder, "rotary_emb"):
         raise ModelError(f"attach: {type(decoder).__name__} has no decoder layers with self_attn and rotary_emb")

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vlm.kernels.grouped_mass.rules import Rule
+from vlm.models.errors import ModelError
 from vlm.models.program.budget import Budget
 from vlm.models.program.layout import Layout
 
@@ -149,6 +150,46 @@ class Decoder(NamedTuple):
 
     layers: int
     width: int
+
+
+def signals_of(program: Program) -> set[Signal]:
+    """All signals that the ops of a program ask for."""
+    needs: set[Signal] = set()
+    for _, op in program:
+        if isinstance(op, Select):
+            needs.update(op.selector.needs)
+        elif isinstance(op, Regroup):
+            needs.update(op.needs)
+        elif isinstance(op, Tap):
+            needs.add(op.signal)
+    return needs
+
+
+def check(program: Program, decoder: Decoder) -> None:
+    """Refuse a program that does not fit ``decoder``. Raises ModelError: site, expected, found."""
+    for site, _ in program:
+        if site.layer >= decoder.layers or (site.name == "llm.before" and site.layer < 1):
+            first = 1 if site.name == "llm.before" else 0
+            raise ModelError(f"{site}: the language model has layers {first}..{decoder.layers - 1}; found {site.layer}")
+    cuts = [site for site, op in program if isinstance(op, Select)]
+    for site in cuts:
+        if cuts.count(site) > 1:
+            raise ModelError(f"{site}: two cuts at one site; found {', '.join(map(str, cuts))}")
+    for site, op in program:
+        for signal in signals_of(((site, op),)):
+            _check_signal(site, signal, decoder, cuts)
+
+
+def _check_signal(site: Site, signal: Signal, decoder: Decoder, cuts: list[Site]) -> None:
+    """Refuse a signal that is not known yet at ``site``, or that was read from another sequence than the site's."""
+    if not 0 <= signal.layer < decoder.layers:
+        raise ModelError(f"{site}: it asks for {signal}, but layers are 0..{decoder.layers - 1}")
+    known = signal.layer <= site.layer if site.name == "attn" else signal.layer < site.layer
+    if not known:
+        raise ModelError(f"{site}: it asks for {signal}, which is known only after that layer")
+    last = site.layer if site.name == "attn" else site.layer - 1
+    if between := [cut.layer for cut in cuts if cut.name == "llm.before" and signal.layer < cut.layer <= last]:
+        raise ModelError(f"{site}: it asks for {signal}, but a cut at layer {between[0]} came between")
 
 
 class Method(Protocol):

@@ -11,14 +11,16 @@ from vlm.models.program.program import Peak, Signal
 class Run:
     """The layouts and signals of one stream: made for a prompt, extended with every generated token.
 
-    layouts: first layer -> layout of the sequence from that layer on; a cut adds one. prompt: whether the pass
-    under way is the prompt's. seed: an integer of each image's pixels.
+    layouts: first layer -> layout of the sequence from that layer on; a cut adds one. kept: layer -> the places that
+    its cut kept, None if all. prompt: whether the pass under way is the prompt's. seed: an integer of each image's
+    pixels.
     """
 
     def __init__(self, layout: Layout, side: Side, seed: Int[Tensor, " images"]) -> None:
         self.layouts: dict[int, Layout] = {0: layout}
         self.side: Side = side
         self.seed = seed
+        self.kept: dict[int, Int[Tensor, "batch kept"] | None] = {}
         self.prompt = True
         self.signals: dict[Signal, Float[Tensor, "batch keys"]] = {}
         self._masks: dict[int, Bool[Tensor, "batch 1 rows keys"] | None] = {}
@@ -26,9 +28,6 @@ class Run:
     def stage(self, layer: int) -> int:
         """The first layer of the stage that ``layer`` belongs to."""
         return max(first for first in self.layouts if first <= layer)
-
-    def has_stage(self, layer: int) -> bool:
-        return layer in self.layouts
 
     def add_stage(self, layer: int, layout: Layout) -> None:
         """From ``layer`` on the sequence is ``layout``."""

@@ -106,7 +106,8 @@ def test_a_batch_without_supervised_tokens_reaches_every_parameter(make_model, b
 
 def test_without_weights_there_is_no_loss(make_model, batch):
     out = make_model()(batch("t#t"))
-    assert out.loss == 0 and out.weight == 0 and not out.loss.requires_grad
+    assert not out.loss.requires_grad
+    assert out.loss == 0 and out.weight == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
