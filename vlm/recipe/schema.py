@@ -1,0 +1,292 @@
+"""Every key of a recipe, its type and its default. What is not here, and not an option of a method, is an error.
+
+Methods (encoders, connectors, pruners, mitigators, objectives, benchmarks, data makers) are named by ``use``;
+their options are the signature of the one class in the file of that name and are checked by ``vlm.create``.
+Values are frozen. Keys that may be null say so; null anywhere else means "as if never written".
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from vlm.recipe import units
+from vlm.recipe.errors import unknown
+from vlm.recipe.section import Method, Section, problem
+from vlm.recipe.tree import dump
+
+Bool = Annotated[bool, BeforeValidator(units.parse_bool)]
+Float = Annotated[float, BeforeValidator(units.parse_float)]
+Int = Annotated[int, BeforeValidator(units.parse_int)]
+Name = Annotated[str, BeforeValidator(units.parse_str), Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Ratio = Annotated[float, BeforeValidator(units.parse_ratio)]
+Str = Annotated[str, BeforeValidator(units.parse_str), Field(min_length=1)]
+
+AtLeastOne = Annotated[Int, Field(ge=1)]
+NotNegative = Annotated[Int, Field(ge=0)]
+Positive = Annotated[Float, Field(gt=0)]
+Beta = Annotated[Float, Field(ge=0, lt=1)]
+StepsOrRatio = Annotated[int | float, BeforeValidator(units.parse_steps_or_ratio)]
+
+
+def _without_nulls(value: Any) -> Any:
+    """A table loses the entries that an heir cleared with null."""
+    return {k: v for k, v in value.items() if v is not None} if isinstance(value, Mapping) else value
+
+
+def _as_list(value: Any) -> Any:
+    return [] if value is None else value if isinstance(value, list | tuple) else [value]
+
+
+def _resume(value: Any) -> Any:
+    """``true`` is another word for ``auto``, ``false`` for ``never``; all else is the path of a checkpoint."""
+    words = {"true": "auto", "false": "never"}
+    return words.get(str(value).lower() if isinstance(value, bool) else value, value)
+
+
+Nulls = BeforeValidator(_without_nulls)
+OneOrMore = BeforeValidator(_as_list)
+
+
+class KeepSchedule(Section):
+    """The kept share falls from ``from`` to the pruner's ``keep`` over the first ``over`` of the training."""
+
+    start: Ratio = Field(default=1.0, alias="from")
+    over: Ratio
+
+
+class Prune(Method):
+    schedule: KeepSchedule | None = None
+
+
+class Language(Section):
+    """The language model: an existing one (``hf``) or a new one from a Transformers config (``config``)."""
+
+    use: Literal["hf", "config"]
+    name: Str | None = None
+    config: Annotated[Mapping[str, Any] | None, BeforeValidator(units.natural)] = None
+    tokenizer: Str | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        needed = "name" if self.use == "hf" else "config"
+        if getattr(self, needed) is None:
+            raise problem(f"uses '{self.use}' and so needs '{needed}'")
+        return self
+
+
+class Model(Section):
+    vision: Method
+    connector: Method
+    language: Language
+    template: Str = "plain"
+    max_tokens: AtLeastOne | None = None
+
+
+class Source(Section):
+    shards: Annotated[tuple[Str, ...], OneOrMore, Field(min_length=1)]
+    reader: Str = "chat-v1"
+
+
+class BadSamples(Section):
+    """How much bad data is survived: a share of all samples read, and so many in a row."""
+
+    skip: Ratio = 0.001
+    consecutive: AtLeastOne = 16
+
+
+class Data(Section):
+    make: Method | None = None
+    workers: NotNegative = 1
+    sources: Annotated[Mapping[Name, Source], Nulls] = {}
+    on_bad_sample: BadSamples = BadSamples()
+    limits: Annotated[Mapping[str, Int], Nulls] = {}
+
+
+class Training(Section):
+    """How one part of the model is trained in one stage."""
+
+    lr: Positive
+    weight_decay: Annotated[Float, Field(ge=0)] = 0.0
+
+
+class Schedule(Section):
+    """The learning rate's course: ``warmup`` in steps or as a share, ``final`` as a share of the peak."""
+
+    use: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: StepsOrRatio = 0
+    final: Ratio = 0.0
+
+
+class Stage(Section):
+    name: Name
+    objective: Method = Method(use="chat")
+    mix: Annotated[Mapping[str, Float], Nulls]
+    train: Annotated[Mapping[Literal["vision", "connector", "language"], Training], Nulls]
+    steps: AtLeastOne | None = None
+    samples: AtLeastOne | None = None
+    tokens: AtLeastOne | None = None
+    global_batch: AtLeastOne | None = None
+    drop_image: Ratio = 0.0
+    schedule: Schedule = Schedule()
+    clip: Positive | None = 1.0
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        lengths = [key for key in ("steps", "samples", "tokens") if getattr(self, key) is not None]
+        if len(lengths) > 1:
+            raise problem(f"stands beside {lengths[0]}; give only one of steps, samples, tokens", lengths[1])
+        if not lengths:
+            raise problem("has no length; give one of steps, samples, tokens")
+        if not self.train:
+            raise problem("is empty, so nothing would train; name vision, connector or language", "train")
+        if not self.mix:
+            raise problem("is empty; give at least one source and its weight", "mix")
+        for source, weight in self.mix.items():
+            if weight <= 0:
+                raise problem(f"must be a weight above 0, found {weight:g}", "mix", source)
+        return self
+
+
+class Comparison(Section):
+    """One row of the evaluation: the model with this pruner and these mitigators; what is absent is off."""
+
+    prune: Method | None = None
+    mitigate: Annotated[tuple[Method, ...], OneOrMore] = ()
+    label: Str | None = None
+
+    @property
+    def title(self) -> str:
+        """The label, or what is switched on, or ``plain``."""
+        methods = [self.prune] if self.prune else []
+        return self.label or " + ".join(method.title for method in [*methods, *self.mitigate]) or "plain"
+
+
+class Evaluate(Section):
+    benchmarks: Annotated[Mapping[Name, Method], Nulls] = {}
+    compare: tuple[Comparison, ...] = ()
+    batch: AtLeastOne = 64
+    pictures: NotNegative = 6
+
+
+class Save(Section):
+    every: AtLeastOne = 500
+    keep: AtLeastOne = 3
+
+
+class Run(Section):
+    """How and where it runs. Nothing here but ``global_batch`` and ``precision`` changes what is learned."""
+
+    dir: Str
+    global_batch: AtLeastOne = 32
+    micro_batch: AtLeastOne | None = None
+    devices: AtLeastOne = 1
+    parallel: Literal["single", "ddp"] = "single"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    save: Save = Save()
+    resume: Annotated[Str, BeforeValidator(_resume)] = "auto"
+    trace_samples: Bool = False
+    log_every: AtLeastOne = 10
+    threads: AtLeastOne | None = None
+
+
+class Recipe(Section):
+    """A whole recipe: everything that determines a run."""
+
+    recipe: Annotated[Literal[1], BeforeValidator(units.parse_int)] = 1
+    name: Name
+    seed: NotNegative = 0
+    model: Model
+    prune: Prune | None = None
+    mitigate: Annotated[tuple[Method, ...], OneOrMore] = ()
+    data: Data = Data()
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
+    evaluate: Evaluate = Evaluate()
+    run: Run
+
+    @model_validator(mode="before")
+    @classmethod
+    def _run_folder(cls, data: Any) -> Any:
+        """``run.dir`` is ``runs/<name>`` unless given."""
+        run = data.get("run") if isinstance(data, Mapping) else None
+        if isinstance(data, Mapping) and "name" in data and isinstance(run, Mapping | None):
+            run = run or {}
+            return {**data, "run": run if run.get("dir") else {**run, "dir": f"runs/{data['name']}"}}
+        return data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        names: list[str] = []
+        for index, stage in enumerate(self.stages):
+            if stage.name in names:
+                raise problem(f"is '{stage.name}', the name of an earlier stage", "stages", index, "name")
+            names.append(stage.name)
+            for source in stage.mix:
+                if source not in self.data.sources:
+                    raise problem(unknown(source, self.data.sources), "stages", index, "mix", source)
+            _check_batch(self.run, self.run.global_batch if stage.global_batch is None else stage.global_batch)
+        if self.run.parallel == "single" and self.run.devices > 1:
+            raise problem(f"is single, but run.devices is {self.run.devices}; use ddp", "run", "parallel")
+        return self
+
+    @property
+    def comparisons(self) -> tuple[Comparison, ...]:
+        """The rows of the evaluation: those of ``evaluate.compare``, or the recipe's own pruner and mitigators."""
+        return self.evaluate.compare or (Comparison(prune=self.prune, mitigate=self.mitigate),)
+
+    def methods(self) -> Iterator[tuple[str, Method]]:
+        """Every method that the recipe names, with its kind (see ``vlm.create``)."""
+        yield "vision", self.model.vision
+        yield "connector", self.model.connector
+        yield from (("objective", stage.objective) for stage in self.stages)
+        yield from (("make", make) for make in [self.data.make] if make)
+        yield from (("benchmark", method) for method in self.evaluate.benchmarks.values())
+        for row in [self, *self.evaluate.compare]:
+            yield from (("prune", prune) for prune in [row.prune] if prune)
+            yield from (("mitigate", mitigate) for mitigate in row.mitigate)
+
+    def identity(self) -> dict[str, Any]:
+        """What determines the trained weights, with JSON's types: no folder, no hardware, no logging, no evaluation.
+
+        Two recipes with equal identity may continue each other's checkpoints.
+        """
+        whole = units.natural(self.plain())
+        whole["run"] = {key: whole["run"][key] for key in ("global_batch", "precision")}
+        del whole["data"]["workers"], whole["name"], whole["evaluate"]
+        return whole
+
+    def hash(self) -> str:
+        """sha256 of the resolved recipe; order of keys, comments and spelling of shorthands do not matter."""
+        return _digest(units.natural(self.plain()))
+
+    def identity_hash(self) -> str:
+        """sha256 of ``identity()``."""
+        return _digest(self.identity())
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, defaults included, as a file that loads to an equal recipe."""
+        return dump(self.plain())
+
+
+def _check_batch(run: Run, global_batch: int) -> None:
+    if global_batch % run.devices:
+        legal = ", ".join(map(str, _divisors(global_batch)))
+        message = f"is {run.devices}, which does not divide global_batch {global_batch}; legal: {legal}"
+        raise problem(message, "run", "devices")
+    share = global_batch // run.devices
+    if run.micro_batch and share % run.micro_batch:
+        legal = ", ".join(map(str, _divisors(share)))
+        message = f"is {run.micro_batch}, which does not divide global_batch / devices = {share}; legal: {legal}"
+        raise problem(message, "run", "micro_batch")
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _digest(plain: dict[str, Any]) -> str:
+    text = json.dumps(plain, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
