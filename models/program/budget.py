@@ -43,6 +43,11 @@ class Budget:
         """True when it keeps all tokens whatever their number."""
         return self.ratio == 1
 
+    def of(self, tokens: int, images: int = 1) -> int:
+        """Tokens to keep of ``tokens`` tokens of ``images`` images: at least one, at most all."""
+        wanted = images * self.tokens if self.tokens is not None else round(tokens * (self.ratio or 1.0))
+        return min(max(wanted, 1), tokens)
+
     def count(self, tokens: Int[Tensor, " segments"], images: Int[Tensor, " segments"]) -> Int[Tensor, " segments"]:
         """Tokens to keep in each segment that has ``tokens`` tokens of ``images`` images: at least one, at most all."""
         wanted = images * self.tokens if self.tokens is not None else (tokens * (self.ratio or 1.0)).round().long()

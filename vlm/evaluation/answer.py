@@ -1,0 +1,84 @@
+"""Ask a model a benchmark's questions, in batches, under a program."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from vlm.build import pad_id
+from vlm.data.batch import Example, collate
+from vlm.data.chat import ChatEncoder
+from vlm.data.decode import decode_image
+from vlm.data.schema import Part
+from vlm.models.program.decode import generate
+from vlm.models.vision_language import Inputs, VisionLanguageModel
+from vlm.training.loss import inputs_of
+
+IMAGE_CACHE_BYTES = 256 * 2**20
+
+
+class Prompt(NamedTuple):
+    """A question as it is asked: which image (a key of ``read``) and what text."""
+
+    image: str
+    text: str
+    max_new_tokens: int
+
+
+class Asker:
+    """Turns prompts into answers.
+
+    Args:
+        read: bytes of an image by its key.
+        encoder: of the recipe's model; it also makes the pixels.
+        batch: prompts that are answered together.
+    """
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        tokenizer: PreTrainedTokenizerBase,
+        encoder: ChatEncoder,
+        read: Callable[[str], bytes],
+        batch: int,
+    ) -> None:
+        self.model, self.tokenizer, self.encoder, self.read, self.batch = model, tokenizer, encoder, read, batch
+        self._pixels: OrderedDict[str, Tensor] = OrderedDict()
+
+    def inputs(self, prompts: Sequence[Prompt]) -> Inputs:
+        """The prompts as one batch."""
+        examples = []
+        for prompt in prompts:
+            tokens = self.encoder.prompt((Part("image", ref=0), Part("text", prompt.text)))
+            pixels = self._image(prompt.image)[None]
+            examples.append(Example(prompt.image, tokens, [0.0] * len(tokens), pixels, (), 0))
+        device = next(self.model.parameters()).device
+        return inputs_of(collate(examples, pad_id(self.tokenizer)).to(device))
+
+    def __call__(self, prompts: Sequence[Prompt], tick: Callable[[int], None]) -> dict[Prompt, str]:
+        """The answer to each different prompt, by greedy decoding; ``tick(n)`` after every n prompts."""
+        # One limit per batch, and rows of like length together: less padding.
+        order = sorted(set(prompts), key=lambda p: (p.max_new_tokens, len(p.text), p.text, p.image))
+        answers: dict[Prompt, str] = {}
+        while order:
+            limit = order[0].max_new_tokens
+            chosen = [prompt for prompt in order[: self.batch] if prompt.max_new_tokens == limit]
+            order = order[len(chosen) :]
+            stop = self.tokenizer.eos_token_id
+            tokens = generate(self.model, self.inputs(chosen), max_new_tokens=limit, stop=stop)
+            texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            answers |= dict(zip(chosen, (text.strip() for text in texts), strict=True))
+            tick(len(chosen))
+        return answers
+
+    def _image(self, key: str) -> Tensor:
+        if key in self._pixels:
+            self._pixels.move_to_end(key)
+            return self._pixels[key]
+        pixels = self.encoder.transform(decode_image(self.read(key), key, self.encoder.limits))
+        self._pixels[key] = pixels
+        while len(self._pixels) * pixels.nbytes > IMAGE_CACHE_BYTES:
+            self._pixels.popitem(last=False)
+        return pixels

@@ -1,0 +1,115 @@
+"""Evaluation: every benchmark of the recipe for every row of its comparison, with the protocol of each number."""
+
+import json
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from vlm.build import build_encoder
+from vlm.create import create
+from vlm.data.benchmarks._shared.images import ImageSource
+from vlm.evaluation.answer import Asker, Prompt
+from vlm.evaluation.cost import prompt_cost
+from vlm.evaluation.pictures import draw_pictures
+from vlm.models.program.attach import attach
+from vlm.models.program.program import Program
+from vlm.models.vision_language import VisionLanguageModel
+from vlm.progress import Progress
+from vlm.recipe import Recipe
+from vlm.recipe.schema import Comparison
+from vlm.training.train import versions
+
+
+def program_of(model: VisionLanguageModel, row: Comparison) -> Program:
+    """The program of one row: its pruner, then its mitigators."""
+    methods: list[Any] = [create("prune", row.prune)] if row.prune else []
+    methods += [create("mitigate", method) for method in row.mitigate]
+    return tuple(pair for method in methods for pair in method.program(model.decoder_facts))
+
+
+class Bench:
+    """A benchmark opened: its questions, and who answers them."""
+
+    def __init__(self, recipe: Recipe, label: str, model: VisionLanguageModel, tokenizer: PreTrainedTokenizerBase):
+        self.label = label
+        self.benchmark: Any = create("benchmark", recipe.evaluate.benchmarks[label])
+        self.questions = self.benchmark.ask()
+        read = ImageSource(self.benchmark.images).read
+        self.ask = Asker(model, tokenizer, build_encoder(recipe, model, tokenizer), read, recipe.evaluate.batch)
+        self.prompts = [Prompt(q.image, q.prompt, self.benchmark.max_new_tokens) for q in self.questions]
+
+    @property
+    def different(self) -> int:
+        return len(set(self.prompts))
+
+    def run(self, tick: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Metrics and protocol cards by metric name."""
+        answers = self.ask(self.prompts, tick)
+        by_id = {q.id: answers[prompt] for q, prompt in zip(self.questions, self.prompts, strict=True)}
+        return self._named(self.benchmark.score(by_id)), self._named(self.benchmark.protocol())
+
+    def _named(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        return {f"{self.label}_{suffix}" if suffix else self.label: value for suffix, value in values.items()}
+
+
+def evaluate(recipe: Recipe, model: VisionLanguageModel, tokenizer: PreTrainedTokenizerBase, weights: Path) -> Path:
+    """Run the recipe's evaluation; writes evaluation.json and pictures.json into the run's folder.
+
+    weights: where the model's weights come from, for the protocol. Returns the path of evaluation.json.
+    """
+    model.eval()
+    folder = Path(recipe.run.dir)
+    rows = recipe.comparisons
+    benches = [Bench(recipe, label, model, tokenizer) for label in recipe.evaluate.benchmarks]
+    total = len(rows) * sum(bench.different for bench in benches)
+    progress, done = Progress("evaluate", total), 0
+
+    def tick(count: int) -> None:
+        nonlocal done
+        done += count
+        progress.update(done)
+
+    results = []
+    for row in rows:
+        with attach(model, program_of(model, row)):
+            results.append(_evaluate_row(row, model, benches, tick))
+    facts = {
+        "name": recipe.name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "recipe_hash": recipe.hash(),
+        "weights": weights.name,
+        "versions": versions(),
+        "results": results,
+    }
+    path = folder / "evaluation.json"
+    path.write_text(json.dumps(facts, indent=1))
+    pictures = draw_pictures(recipe, rows, benches, model, program_of)
+    (folder / "pictures.json").write_text(json.dumps(pictures))
+    return path
+
+
+def _evaluate_row(row: Comparison, model: VisionLanguageModel, benches: list[Bench], tick: Any) -> dict[str, Any]:
+    begun = time.perf_counter()
+    metrics: dict[str, Any] = {}
+    protocol: dict[str, Any] = {}
+    for bench in benches:
+        values, cards = bench.run(tick)
+        metrics |= values
+        protocol |= cards
+    seconds = time.perf_counter() - begun
+    mitigate = [method.record() for method in row.mitigate]
+    cost = {"seconds": seconds}
+    if benches:
+        cost |= prompt_cost(model, benches[0].ask.inputs(benches[0].prompts[: benches[0].ask.batch]))
+    return {
+        "label": row.title,
+        "prune": row.prune.record() if row.prune else None,
+        "mitigate": (mitigate[0] if len(mitigate) == 1 else mitigate) or None,
+        "metrics": metrics,
+        "cost": cost,
+        "protocol": {name: {**card, "decoding": "greedy"} for name, card in protocol.items()},
+    }

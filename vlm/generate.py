@@ -1,0 +1,26 @@
+"""Try a trained model on one image."""
+
+from pathlib import Path
+
+from vlm.build import build_encoder, build_model, build_tokenizer
+from vlm.data.errors import DataError
+from vlm.evaluation.answer import Asker, Prompt
+from vlm.evaluation.evaluate import program_of
+from vlm.models.program.attach import attach
+from vlm.recipe import Recipe
+from vlm.recipe.schema import Comparison
+from vlm.training.train import trained_weights
+
+
+def generate(recipe: Recipe, image: Path, prompt: str, max_new_tokens: int = 64) -> str:
+    """The answer of the run's trained model, under the recipe's own ``prune`` and ``mitigate``, decoded greedily."""
+    if not image.is_file():
+        raise DataError(f"{image}: expected an image file, found none")
+    tokenizer = build_tokenizer(recipe)
+    model = build_model(recipe, tokenizer)
+    trained_weights(recipe, model)
+    model.eval()
+    asker = Asker(model, tokenizer, build_encoder(recipe, model, tokenizer), lambda key: Path(key).read_bytes(), 1)
+    asked = Prompt(str(image), prompt, max_new_tokens)
+    with attach(model, program_of(model, Comparison(prune=recipe.prune, mitigate=recipe.mitigate))):
+        return asker([asked], lambda count: None)[asked]

@@ -1,0 +1,55 @@
+"""The encoder learns to name what is in the picture: ``objective: tags``.
+
+A small encoder trained only through the language model's loss stays blind for thousands of steps
+(spec/benchmarks.md C3); multi-label classification of each sample's ``tags`` teaches it to see first.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from vlm.data.batch import Batch
+from vlm.data.errors import DataError
+from vlm.models.vision_language import VisionLanguageModel
+from vlm.training.loss import Loss
+
+
+@dataclass(frozen=True)
+class Tags:
+    """Binary cross-entropy of every tag on the log-sum-exp over the image's tokens of a linear head.
+
+    prior: subtracted from each pooled logit, so that an untrained head starts near "absent".
+    """
+
+    source: ClassVar[str] = "multi-label pooling: Pinheiro and Collobert (CVPR 2015), section 3.2"
+    verified: ClassVar[str] = "definition"
+    per: ClassVar[str] = "sample"
+
+    prior: float = 1.0
+
+    def build(self, model: VisionLanguageModel, tags: tuple[str, ...]) -> nn.Module:
+        if not tags:
+            raise DataError("objective tags: the data has no tags; expected samples with a 'tags' list, found none")
+        return TagsLoss(model.vision.dim, tags, self.prior)
+
+
+class TagsLoss(nn.Module):
+    """The head is trained with the encoder and thrown away with the stage."""
+
+    def __init__(self, width: int, tags: tuple[str, ...], prior: float) -> None:
+        super().__init__()
+        self.head = nn.Linear(width, len(tags))
+        self.place = {tag: i for i, tag in enumerate(tags)}
+        self.prior = prior
+
+    def forward(self, model: VisionLanguageModel, batch: Batch) -> Loss:
+        logits = self.head(model.vision(batch.images).tokens)  # [N,P,tags]
+        pooled = logits.float().logsumexp(1) - self.prior  # [N,tags]
+        truth = torch.zeros_like(pooled)
+        for image, row in enumerate(batch.image_owner.tolist()):
+            truth[image, [self.place[tag] for tag in batch.tags[row]]] = 1.0
+        each = nn.functional.binary_cross_entropy_with_logits(pooled, truth, reduction="none").mean(1)  # [N]
+        right = ((pooled > 0) == (truth > 0)).float().mean()
+        return Loss(each.sum(), each.new_tensor(float(len(each))), {"tag_accuracy": right.detach()})

@@ -1,0 +1,69 @@
+"""One command does everything a recipe says: data, stages, evaluation, report."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from vlm.build import build_model, build_tokenizer, make_data
+from vlm.evaluation.evaluate import evaluate
+from vlm.models.program.attach import check
+from vlm.plan import programs_of
+from vlm.progress import Progress
+from vlm.recipe import Recipe
+from vlm.report import write_report
+from vlm.report.findings import find
+from vlm.report.read import read_run
+from vlm.training.train import is_first_rank, train, trained_weights
+
+PARTS = ("data", "train", "evaluate", "report")
+
+
+def run(recipe: Recipe, parts: Sequence[str] = PARTS) -> None:
+    """Do the named parts of a recipe, in order; with several processes all train, the first does the rest.
+
+    Raises RecipeError, DataError, ModelError or TrainingError with one line for the user.
+    """
+    folder = Path(recipe.run.dir)
+    if is_first_rank():
+        folder.mkdir(parents=True, exist_ok=True)
+        if "data" in parts:
+            _make(recipe)
+        (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    if {"train", "evaluate"} & set(parts):
+        _train_and_evaluate(recipe, parts)
+    if "report" in parts and is_first_rank():
+        report = write_report(folder)
+        _tell(folder, report)
+
+
+def _make(recipe: Recipe) -> None:
+    progress: list[Progress] = []
+
+    def tick(done: int, total: int) -> None:
+        if not progress:
+            progress.append(Progress("make data", total))
+        progress[0].update(done)
+
+    make_data(recipe, tick)
+
+
+def _train_and_evaluate(recipe: Recipe, parts: Sequence[str]) -> None:
+    if recipe.run.threads:
+        torch.set_num_threads(recipe.run.threads)
+    tokenizer = build_tokenizer(recipe)
+    model = build_model(recipe, tokenizer)
+    for program in programs_of(recipe, model.decoder_facts).values():
+        check(program, model.decoder_facts)  # a program that does not fit is refused before hours of training
+    if "train" in parts:
+        train(recipe, model, tokenizer)
+    if "evaluate" in parts and is_first_rank():
+        evaluate(recipe, model, tokenizer, trained_weights(recipe, model))
+
+
+def _tell(folder: Path, report: Path) -> None:
+    """What was found and where to look, on standard output."""
+    evaluation = read_run(folder).evaluation
+    for finding in find(evaluation) if evaluation else ():
+        print(f"* {finding.text}")
+    print(f"Report: {report}")

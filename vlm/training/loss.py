@@ -1,0 +1,36 @@
+"""What an objective returns, and how a batch enters the model."""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vlm.data.batch import Batch
+from vlm.models.vision_language import Inputs, VisionLanguageModel
+
+
+class Loss(NamedTuple):
+    """value: the sum over what is supervised; weight: its total weight; logs: scalars to show."""
+
+    value: Float[Tensor, ""]
+    weight: Float[Tensor, ""]
+    logs: dict[str, Float[Tensor, ""]]
+
+
+class Objective(Protocol):
+    """A frozen dataclass in vlm/objectives; its fields are its recipe options.
+
+    per: what the loss is averaged over in the whole global batch, ``"token"`` (loss weights) or ``"sample"``.
+    ``build`` returns the module that computes a :class:`Loss` from (model, batch); its parameters train too.
+    """
+
+    per: str
+
+    def build(self, model: VisionLanguageModel, tags: tuple[str, ...]) -> nn.Module: ...
+
+
+def inputs_of(batch: Batch) -> Inputs:
+    """The part of a batch that the model sees."""
+    place = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
+    return Inputs(batch.tokens, place < batch.length[:, None], batch.images, batch.image_owner, batch.keys)

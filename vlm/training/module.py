@@ -1,0 +1,137 @@
+"""The Lightning module: parts frozen or trained, one loss over the global batch, the program attached."""
+
+import math
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from vlm.data.stream import MicroBatch
+from vlm.models.program.attach import attach
+from vlm.models.program.budget import Budget
+from vlm.models.vision_language import VisionLanguageModel
+from vlm.recipe.schema import KeepSchedule, Schedule, Stage
+from vlm.training.loss import Loss
+
+PARTS = ("vision", "connector", "language")
+
+
+class TrainingModule(LightningModule):
+    """One stage of training.
+
+    The loss of a step is the sum over everything supervised in the global batch, divided by its total weight:
+    the gradient does not depend on how the batch is split into ranks, accumulation and micro-batches.
+
+    Args:
+        objective: module that maps (model, batch) to a :class:`~vlm.training.loss.Loss`.
+        per: ``"token"`` or ``"sample"``, what that loss is averaged over.
+        pruner, mitigators: methods whose program is attached while training.
+        keep_schedule: how the pruner's budget comes down during training.
+        note: plain values that go into every checkpoint (recipe, versions, data hashes).
+    """
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        objective: nn.Module,
+        per: str,
+        stage: Stage,
+        steps: int,
+        global_batch: int,
+        pruner: Any = None,
+        mitigators: tuple[Any, ...] = (),
+        keep_schedule: KeepSchedule | None = None,
+        note: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.objective, self.per = model, objective, per
+        self.stage, self.steps, self.global_batch = stage, steps, global_batch
+        self.pruner, self.mitigators, self.keep_schedule = pruner, mitigators, keep_schedule
+        self.note = note or {}
+        self.last: Loss | None = None  # of the micro-batch just done, for callbacks
+        self.window_weight = 0.0
+        self._attached = ExitStack()
+        self._methods: tuple[Any, ...] = ()
+        for part in PARTS:
+            getattr(model, part).requires_grad_(part in stage.train)
+
+    def training_step(self, micro: MicroBatch, index: int) -> Tensor:
+        accumulate = self.trainer.accumulate_grad_batches
+        if index % accumulate == 0:
+            self.window_weight = self._total_weight(micro)
+        loss = self.objective(self.model, micro.batch)
+        self.last = loss
+        # Lightning divides by the accumulation and DDP by the number of ranks; the window's weight is global.
+        scale = accumulate * self.trainer.world_size / self.window_weight if self.window_weight else 0.0
+        return loss.value * scale
+
+    def _total_weight(self, micro: MicroBatch) -> float:
+        """The weight of the whole global batch, over its micro-batches and all ranks."""
+        if self.per == "sample":
+            return float(self.global_batch)
+        own = torch.tensor(micro.window_weight, dtype=torch.float64 if self.device.type == "cpu" else torch.float32)
+        return float(self.trainer.strategy.reduce(own.to(self.device), reduce_op="sum"))
+
+    def configure_optimizers(self) -> Any:
+        groups = []
+        for part, training in self.stage.train.items():
+            parameters = [p for p in getattr(self.model, part).parameters() if p.requires_grad]
+            if part == next(iter(self.stage.train)):
+                parameters += list(self.objective.parameters())
+            # Norms and biases (one-dimensional) are not decayed.
+            for decay, chosen in (
+                (training.weight_decay, [p for p in parameters if p.ndim > 1]),
+                (0.0, [p for p in parameters if p.ndim <= 1]),
+            ):
+                if chosen:
+                    groups.append({"params": chosen, "lr": training.lr, "weight_decay": decay, "name": part})
+        optimizer = torch.optim.AdamW(groups, betas=self.stage.betas)
+        course = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(self.stage.schedule, step, self.steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": course, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        self._train_only_trained_parts()
+
+    def on_train_batch_start(self, batch: MicroBatch, batch_idx: int) -> None:
+        methods = self._methods_at(batch.step)
+        if methods != self._methods:
+            self.detach()
+            program = tuple(pair for method in methods for pair in method.program(self.model.decoder_facts))
+            self._attached.enter_context(attach(self.model, program))
+            self._methods = methods
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint |= self.note
+
+    def detach(self) -> None:
+        """Take the program off the model; whoever ran the fit calls it, however the fit ended."""
+        self._attached.close()
+        self._methods = ()
+
+    def _train_only_trained_parts(self) -> None:
+        """Frozen parts run as in evaluation (no dropout, no batch statistics)."""
+        self.model.train()
+        for part in PARTS:
+            getattr(self.model, part).train(part in self.stage.train)
+
+    def _methods_at(self, step: int) -> tuple[Any, ...]:
+        """The methods of a training step; a keep schedule lowers the kept share step by step."""
+        pruner = self.pruner
+        if pruner is not None and self.keep_schedule is not None and pruner.keep.ratio is not None:
+            done = min(1.0, step / max(1.0, self.keep_schedule.over * self.steps))
+            start = self.keep_schedule.start
+            pruner = replace(pruner, keep=Budget(ratio=start + (pruner.keep.ratio - start) * done))
+        return tuple(method for method in (pruner, *self.mitigators) if method is not None)
+
+
+def rate(schedule: Schedule, step: int, steps: int) -> float:
+    """Share of the peak learning rate at ``step`` of ``steps``."""
+    warmup = schedule.warmup if isinstance(schedule.warmup, int) else round(schedule.warmup * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
+    course = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[schedule.use]
+    return schedule.final + (1 - schedule.final) * course

@@ -1,0 +1,234 @@
+"""Training: the stages of a recipe one after the other, from wherever the run stands."""
+
+import logging
+import os
+import shutil
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from transformers import PreTrainedTokenizerBase
+
+from vlm.build import build_encoder, pad_id
+from vlm.create import create
+from vlm.data.batch import collate
+from vlm.data.chat import ChatEncoder
+from vlm.data.draw import Draw
+from vlm.data.index import Manifest, load_manifest
+from vlm.data.store import Store
+from vlm.data.stream import BadSamplePolicy
+from vlm.models.vision_language import VisionLanguageModel
+from vlm.progress import Progress
+from vlm.recipe import Recipe
+from vlm.recipe.schema import Stage
+from vlm.training import checkpoints
+from vlm.training.callbacks import Save, Trace, Watch, keep_lines_before
+from vlm.training.datamodule import StageData
+from vlm.training.errors import TrainingError
+from vlm.training.module import TrainingModule
+
+# Lightning advertises and counts devices at every fit; what a user needs to see is in our own progress and audit.
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+warnings.filterwarnings("ignore", message="Found .* module.* in eval mode", module="lightning")
+warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec", module="lightning")
+
+PACKAGES = ("torch", "transformers", "lightning", "timm", "webdataset", "vlm-recipes")
+
+
+class Sources(NamedTuple):
+    """The recipe's data sources, opened."""
+
+    manifests: dict[str, Manifest]
+    stores: dict[str, Store]
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """Every tag of every source, sorted."""
+        return tuple(sorted({tag for manifest in self.manifests.values() for tag in manifest.tags}))
+
+
+def open_sources(recipe: Recipe) -> Sources:
+    """Read the manifests of all sources of the recipe."""
+    manifests = {name: load_manifest(list(source.shards)) for name, source in recipe.data.sources.items()}
+    return Sources(manifests, {name: Store(manifest) for name, manifest in manifests.items()})
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide a result."""
+    return {package: version(package) for package in PACKAGES}
+
+
+def is_first_rank() -> bool:
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
+
+
+def train(recipe: Recipe, model: VisionLanguageModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Train every stage that is not done yet; ``model`` then holds the trained weights.
+
+    Raises TrainingError for a checkpoint of another recipe, a full disk or a loss that is not finite.
+    """
+    folder = Path(recipe.run.dir) / "checkpoints"
+    start = _where_to_start(recipe, folder)
+    sources = open_sources(recipe)
+    identity = recipe.identity()
+    if start is not None:
+        content = checkpoints.read(start.path)
+        checkpoints.check_recipe(content, start.path, identity)
+        checkpoints.load_weights(model, content, start.path)
+    elif is_first_rank():
+        _clear(Path(recipe.run.dir))
+    for number, stage in enumerate(recipe.stages):
+        if start is not None and start.stage > number:
+            continue
+        resumed = start if start is not None and start.stage == number else None
+        _train_stage(recipe, number, stage, model, tokenizer, sources, resumed)
+
+
+def _where_to_start(recipe: Recipe, folder: Path) -> checkpoints.Checkpoint | None:
+    resume = recipe.run.resume
+    if resume == "never":
+        return None
+    return checkpoints.newest(folder) if resume == "auto" else checkpoints.point_of(Path(resume))
+
+
+def _clear(folder: Path) -> None:
+    """A run from the start leaves nothing of an earlier run that could be taken for its own."""
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    for name in ("metrics.jsonl", "samples.jsonl", "evaluation.json", "pictures.json", "report.html"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def stage_steps(stage: Stage, global_batch: int, stores: list[Store], encoder: ChatEncoder) -> int:
+    """Steps of a stage; a length in tokens counts the mean of the first 256 samples of each source."""
+    if stage.steps is not None:
+        return stage.steps
+    if stage.samples is not None:
+        return -(-stage.samples // global_batch)
+    assert stage.tokens is not None
+    total = sum(stage.mix.values())
+    mean = 0.0
+    for store, weight in zip(stores, stage.mix.values(), strict=True):
+        first = range(min(256, len(store)))
+        lengths = [len(encoder(store.read(i), Draw(i, 0, 0)).tokens) for i in first]
+        mean += weight / total * sum(lengths) / len(lengths)
+    return max(1, round(stage.tokens / (mean * global_batch)))
+
+
+def _train_stage(
+    recipe: Recipe,
+    number: int,
+    stage: Stage,
+    model: VisionLanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Sources,
+    resumed: checkpoints.Checkpoint | None,
+) -> None:
+    global_batch = stage.global_batch or recipe.run.global_batch
+    encoder = build_encoder(recipe, model, tokenizer, stage.drop_image)
+    stores = [sources.stores[name] for name in stage.mix]
+    steps = stage_steps(stage, global_batch, stores, encoder)
+    if resumed is not None and resumed.step >= steps:
+        return
+    seed_everything(recipe.seed + number, verbose=False)
+    micro = recipe.run.micro_batch or global_batch // recipe.run.devices
+    accumulate = global_batch // recipe.run.devices // micro
+    objective: Any = create("objective", stage.objective)
+    prune = recipe.prune
+    module = TrainingModule(
+        model,
+        objective.build(model, sources.tags),
+        objective.per,
+        stage,
+        steps,
+        global_batch,
+        create("prune", prune) if prune else None,
+        tuple(create("mitigate", method) for method in recipe.mitigate),
+        prune.schedule if prune else None,
+        note={
+            "recipe": {"identity": recipe.identity(), "resolved": recipe.to_yaml(), "hash": recipe.hash()},
+            "versions": versions(),
+            "data": {name: manifest.hash for name, manifest in sources.manifests.items()},
+        },
+    )
+    tolerance = BadSamplePolicy(recipe.data.on_bad_sample.consecutive, recipe.data.on_bad_sample.skip)
+    data = StageData(
+        stores,
+        list(stage.mix.values()),
+        encoder,
+        Collate(pad_id(tokenizer)),
+        {
+            "global_batch": global_batch,
+            "micro_batch": micro,
+            "workers": recipe.data.workers,
+            "seed": recipe.seed + number,
+            "steps": steps,
+        },
+        tolerance,
+    )
+    trainer = _trainer(recipe, number, stage, steps, accumulate, resumed)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=resumed.path if resumed else None, weights_only=True)
+    finally:
+        module.detach()
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+
+
+class Collate:
+    """Picklable collate for the workers of the stream."""
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, examples: list[Any]) -> Any:
+        return collate(examples, self.pad_id)
+
+
+def _trainer(
+    recipe: Recipe, number: int, stage: Stage, steps: int, accumulate: int, resumed: checkpoints.Checkpoint | None
+) -> Trainer:
+    folder, run = Path(recipe.run.dir), recipe.run
+    done = resumed.step if resumed else 0
+    first = is_first_rank()
+    if first:
+        for log in ("metrics.jsonl", "samples.jsonl"):
+            keep_lines_before(folder / log, number, done)
+    title = f"stage {number + 1}/{len(recipe.stages)} {stage.name}"
+    progress = Progress(title, steps, quiet=not first, start=done)
+    callbacks: list[Any] = [Watch(number, stage.name, steps, folder / "metrics.jsonl", run.log_every, progress)]
+    if run.trace_samples:
+        callbacks.append(Trace(number, folder / "samples.jsonl"))
+    callbacks.append(Save(number, stage.name, steps, folder / "checkpoints", run.save.every, run.save.keep))
+    if run.threads:
+        torch.set_num_threads(run.threads)
+    return Trainer(
+        accelerator="auto",
+        devices=run.devices,
+        strategy="ddp" if run.parallel == "ddp" else "auto",
+        precision={"fp32": "32-true", "bf16": "bf16-mixed"}[run.precision],  # type: ignore[arg-type]
+        max_steps=steps,
+        max_epochs=-1,
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=stage.clip,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+
+
+def trained_weights(recipe: Recipe, model: VisionLanguageModel) -> Path:
+    """Load the newest checkpoint of the run into ``model``. Raises TrainingError when there is none."""
+    folder = Path(recipe.run.dir) / "checkpoints"
+    point = checkpoints.newest(folder)
+    if point is None:
+        raise TrainingError(f"{folder}: expected a checkpoint of this run, found none; run `vlm train` first")
+    content = checkpoints.read(point.path)
+    checkpoints.check_recipe(content, point.path, recipe.identity())
+    checkpoints.load_weights(model, content, point.path)
+    return point.path
