@@ -1,7 +1,7 @@
 """The report of a run: a pure function from its folder to one self-contained HTML file.
 
-``read`` reads the folder, ``compare`` says what differs and whether measurably, ``findings`` puts it in words,
-``charts``, ``curves``, ``tables`` and ``pictures`` draw, ``page`` lays out, ``html`` escapes.
+``read`` reads the folder into ``records``, ``compare`` says what differs and whether measurably, ``findings`` puts it
+in words, ``charts``, ``curves``, ``tables`` and ``pictures`` draw, ``page`` lays out, ``html`` escapes.
 """
 
 from pathlib import Path

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import hypot
 from typing import Literal
 
-from vlm.report.read import Chair, Interval, Result, YesNo
+from vlm.report.records import Chair, Interval, Result, YesNo
 
 Verdict = Literal["helps", "hurts", "same"]
 

@@ -3,7 +3,8 @@
 from vlm.report.charts import Chart, Line, draw
 from vlm.report.compare import title
 from vlm.report.html import Html, join, tag
-from vlm.report.read import Chair, Evaluation, Result, Stage
+from vlm.report.read import Stage
+from vlm.report.records import Chair, Evaluation, Result
 
 TITLES = {
     "samples_per_s": "samples per second",

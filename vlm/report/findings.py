@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vlm.report.compare import Difference, Quantity, benchmarks, difference, judged, title
-from vlm.report.read import Chair, Evaluation, Result, YesNo
+from vlm.report.records import Chair, Evaluation, Result, YesNo
 
 SHORTER = 0.05  # a caption this much shorter names fewer objects, which lowers CHAIRs without any better seeing
 
@@ -30,26 +30,29 @@ def find(evaluation: Evaluation) -> list[Finding]:
 
 def _split_gap(plain: Result) -> list[Finding]:
     """POPE from random to adversarial negatives, and the invariant that the positives are the same in all splits."""
-    splits = {name: scores for name, scores in plain.metrics.items() if isinstance(scores, YesNo)}
-    easy = next((name for name in splits if name.endswith("_random")), None)
-    hard = next((name for name in splits if name.endswith("_adversarial")), None)
-    if easy is None or hard is None:
-        return []
-    a, b = splits[easy].accuracy, splits[hard].accuracy
-    fall = f"from {a:.2f} (random) to {b:.2f} (adversarial)"
-    change = "falls" if b < a else "rises" if b > a else "does not change"
-    found = [Finding("fact", f"POPE accuracy {change} {fall}." + _overlap(splits[easy], splits[hard]))]
-    recalls = {scores.recall for name, scores in splits.items() if scores.recall is not None}
+    found = []
+    for stem in [name.removesuffix("_random") for name in plain.metrics if name.endswith("_random")]:
+        names = [f"{stem}_{split}" for split in ("random", "popular", "adversarial")]
+        splits = [scores for name in names if isinstance(scores := plain.metrics.get(name), YesNo)]
+        if names[2] in plain.metrics and len(splits) > 1:
+            found += _fall(title(stem), splits)
+    return found
+
+
+def _fall(name: str, splits: list[YesNo]) -> list[Finding]:
+    easy, hard = splits[0], splits[-1]
+    change = "falls" if hard.accuracy < easy.accuracy else "does not fall"
+    ends = f"from {easy.accuracy:.2f} (random) to {hard.accuracy:.2f} (adversarial)"
+    found = [Finding("fact", f"{name} accuracy {change} {ends}.{_overlap(easy, hard)}")]
+    recalls = {scores.recall for scores in splits if scores.recall is not None}
     if len(recalls) > 1:
         spread = f"{min(recalls):.3f} to {max(recalls):.3f}"
-        warning = f"POPE recall differs between splits ({spread}) although their positive questions should be the same."
-        found.append(Finding("caution", warning))
-    elif recalls and b < a:
         found.append(
-            Finding(
-                "fact", f"Recall is {recalls.pop():.2f} in every split: the fall is all wrong “yes” to absent objects."
-            )
+            Finding("caution", f"{name} recall differs between splits ({spread}); they ask the same positives.")
         )
+    elif recalls and hard.accuracy < easy.accuracy:
+        said = f"Recall is {recalls.pop():.2f} in every split: the fall is all wrong “yes” to absent objects."
+        found.append(Finding("fact", said))
     return found
 
 
@@ -75,16 +78,20 @@ def _scene_gap(plain: Result) -> list[Finding]:
 def _position(plain: Result) -> list[Finding]:
     found = []
     for name, scores in plain.metrics.items():
-        rates = [rate for rate in getattr(scores, "by_position", ()) if rate is not None]
-        if len(rates) > 1 and rates[0] != rates[-1]:
-            trend = "rises" if rates[-1] > rates[0] else "falls"
-            where = title(name, plain.metrics).removeprefix("CHAIR").strip()
-            scenes = (
-                f" on {where} scenes" if where in ("ordinary", "counterfactual") else f" ({where})" if where else ""
-            )
-            ends = f"from {rates[0]:.2f} for the first object named to {rates[-1]:.2f} for number {len(rates)}"
-            found.append(Finding("fact", f"Hallucination {trend} with the position in the caption{scenes}: {ends}."))
+        rates = [(k, rate) for k, rate in enumerate(getattr(scores, "by_position", ()), 1) if rate is not None]
+        if len(rates) > 1 and rates[0][1] != rates[-1][1]:
+            (_, first), (number, last) = rates[0], rates[-1]
+            trend = "rises" if last > first else "falls"
+            ends = f"from {first:.2f} for the first object named to {last:.2f} for number {number}"
+            where = _scenes(title(name, plain.metrics))
+            found.append(Finding("fact", f"Hallucination {trend} with the position in the caption{where}: {ends}."))
     return found
+
+
+def _scenes(benchmark: str) -> str:
+    """The title of a CHAIR benchmark as the end of a phrase: `` on ordinary scenes``."""
+    where = benchmark.removeprefix("CHAIR").strip()
+    return f" on {where} scenes" if where in ("ordinary", "counterfactual") else f" ({where})" if where else ""
 
 
 def _method(evaluation: Evaluation, plain: Result, method: Result) -> Finding:
@@ -124,9 +131,7 @@ def quantity_title(quantity: Quantity, evaluation: Evaluation) -> str:
     whole = title(quantity.benchmark, names)
     if not whole.startswith("CHAIR"):
         return f"{whole} {quantity.title}"
-    where = whole.removeprefix("CHAIR").strip()
-    scenes = f" on {where} scenes" if where in ("ordinary", "counterfactual") else f" ({where})" if where else ""
-    return quantity.title + scenes
+    return quantity.title + _scenes(whole)
 
 
 def _shorter(plain: Result, method: Result) -> str:
@@ -143,7 +148,7 @@ def _shorter(plain: Result, method: Result) -> str:
                 if None not in (before.recall, after.recall)
                 else ""
             )
-            said.append(f"{part}{recall}) in {title(name, plain.metrics)}")
+            said.append(f"{part}{recall}){_scenes(title(name, plain.metrics))}")
     return f" It shortened captions {_and(said)}; shorter captions alone lower CHAIRs." if said else ""
 
 

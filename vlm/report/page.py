@@ -6,7 +6,8 @@ from vlm.report import curves, pictures, tables
 from vlm.report.compare import benchmarks, title
 from vlm.report.findings import Finding, find
 from vlm.report.html import Html, join, tag
-from vlm.report.read import Chair, Run, YesNo
+from vlm.report.read import Run
+from vlm.report.records import Chair, YesNo
 
 STYLE = Path(__file__).with_name("page.css")
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"

@@ -7,7 +7,7 @@ report of many methods small.
 from collections.abc import Iterable
 
 from vlm.report.html import Html, join, tag
-from vlm.report.read import Picture, View
+from vlm.report.records import Picture, View
 
 LEVELS = 8  # steps of heat; each is one path, so that a grid of 24 x 24 stays small
 
@@ -44,7 +44,7 @@ def _view(picture: Picture, view: View, name: str) -> Html:
     else:
         count = len(set(view.kept))
         words = f"{view.label}: kept {count} of {patches} patches of picture {picture.key}; the others are dimmed"
-        drawing = _drawing(picture, image, words, _dropped(picture, view), _kept(picture, view))
+        drawing = _drawing(picture, image, words, _kept(picture, view))
         figures.append(tag("figure", drawing, tag("figcaption", f"kept {count} of {patches}")))
     if view.heat is not None and sum(view.heat) > 0:
         peak = max(view.heat) / sum(view.heat)
@@ -67,33 +67,33 @@ def _hottest(view: View) -> str:
     return f"most at row {row + 1}, column {column + 1}, with {heat[top] / sum(heat):.0%} of it"
 
 
-def _cell(picture: Picture, view: View, patch: int) -> str:
-    """The outline of one patch in the pixels of the image."""
-    row, column = divmod(patch, view.grid[1])
-    height, width = picture.height / view.grid[0], picture.width / view.grid[1]
-    return f"M{column * width:.4g} {row * height:.4g}h{width:.4g}v{height:.4g}h{-width:.4g}z"
+def _overlay(picture: Picture, view: View, *paths: Html) -> Html:
+    """Paths over the whole image, in units of one patch: x counts columns, y counts rows."""
+    rows, columns = view.grid
+    size = {"width": picture.width, "height": picture.height, "viewBox": f"0 0 {columns} {rows}"}
+    return tag("svg", *paths, **size, preserveAspectRatio="none")
 
 
-def _dropped(picture: Picture, view: View) -> Html:
-    kept = set(view.kept or [])
-    dropped = [patch for patch in range(view.grid[0] * view.grid[1]) if patch not in kept]
-    return tag("path", d="".join(_cell(picture, view, patch) for patch in dropped), class_="dropped")
+def _cells(view: View, patches: Iterable[int], names: str) -> Html:
+    """The outlines of patches (raster ids) as one path."""
+    corners = (divmod(patch, view.grid[1]) for patch in patches)
+    return tag("path", d="".join(f"M{column} {row}h1v1h-1z" for row, column in corners), class_=names)
 
 
 def _kept(picture: Picture, view: View) -> Html:
-    return tag("path", d="".join(_cell(picture, view, patch) for patch in sorted(set(view.kept or []))), class_="kept")
+    kept = set(view.kept or [])
+    dropped = [patch for patch in range(view.grid[0] * view.grid[1]) if patch not in kept]
+    return _overlay(picture, view, _cells(view, dropped, "dropped"), _cells(view, sorted(kept), "kept"))
 
 
 def _heat(picture: Picture, view: View) -> Html:
     """The patches in steps of heat, relative to the hottest one."""
     heat = view.heat or []
     level = [round(LEVELS * value / max(heat)) for value in heat]
-    steps = []
-    for step in range(LEVELS + 1):
-        cells = "".join(_cell(picture, view, patch) for patch in range(len(heat)) if level[patch] == step)
-        if cells:
-            steps.append(tag("path", d=cells, class_=f"heat h{step}"))
-    return join(steps)
+    steps = [[patch for patch in range(len(heat)) if level[patch] == step] for step in range(LEVELS + 1)]
+    return _overlay(
+        picture, view, *(_cells(view, steps[step], f"h{step}") for step in range(LEVELS + 1) if steps[step])
+    )
 
 
 def marked(view: View) -> Html:

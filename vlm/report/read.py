@@ -1,186 +1,24 @@
 """Reads a run folder into plain values and says what is missing.
 
 A part that a run did not write, or a last line that a killed run cut off, becomes a note that the page shows; what is
-there but malformed is an error, for a report must not be silently wrong. Rates are fractions in [0, 1] throughout.
+there but malformed is an error, for a report must not be silently wrong.
 """
 
-import base64
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError
 
-PNG = b"\x89PNG\r\n\x1a\n"
-
-Rate = Annotated[float, Field(ge=0, le=1)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Interval = tuple[Rate, Rate]
+from vlm.report.records import Evaluation, Picture, Pictures
 
 
 class ReportError(ValueError):
     """A run folder that cannot be reported. One line: file, place, expected, found."""
-
-
-class Value(BaseModel):
-    """A frozen record; keys that the report does not know are left alone."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
-
-
-class YesNo(Value):
-    """Scores of a yes-no benchmark such as POPE; ``ci`` is the interval of the accuracy."""
-
-    accuracy: Rate
-    precision: Rate | None = None
-    recall: Rate | None = None
-    f1: Rate | None = None
-    yes_ratio: Rate | None = None
-    n: int | None = None
-    ci: Interval | None = None
-
-
-class Chair(Value):
-    """CHAIR scores of captions; ``ci`` is the interval of ``chair_s``, ``length`` counts words.
-
-    ``by_position[k]`` is the share of hallucinated ones among the objects named as number k (from 0) of a caption.
-    """
-
-    chair_s: Rate
-    chair_i: Rate | None = None
-    recall: Rate | None = None
-    length: NotNegative | None = None
-    n: int | None = None
-    ci: Interval | None = None
-    by_position: tuple[Rate | None, ...] = ()
-
-
-class Other(Value):
-    """A benchmark that the report does not know: its plain numbers are shown and never judged."""
-
-    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
-
-
-def _kind(scores: Any) -> str:
-    if isinstance(scores, Mapping):
-        return "<chair>" if "chair_s" in scores else "<yes-no>" if "accuracy" in scores else "<other>"
-    return "<other>"
-
-
-Scores = Annotated[
-    Annotated[YesNo, Tag("<yes-no>")] | Annotated[Chair, Tag("<chair>")] | Annotated[Other, Tag("<other>")],
-    Discriminator(_kind),
-]
-
-
-class VisualTokens(Value):
-    """Visual tokens of one prompt: what the encoder gave, what is left, and the mean over the decoder's layers."""
-
-    before: NotNegative
-    after: NotNegative
-    average: NotNegative | None = None
-
-
-class Cost(Value):
-    """What one result cost: wall seconds of its evaluation, and FLOPs and bytes computed for one prompt."""
-
-    seconds: NotNegative | None = None
-    visual_tokens: VisualTokens | None = None
-    llm_flops_per_prompt: NotNegative | None = None
-    kv_bytes_per_prompt: NotNegative | None = None
-
-
-class Result(Value):
-    """One row of the comparison: a pruner and mitigators (both absent: plain) with scores, cost and protocol."""
-
-    label: str
-    prune: dict[str, Any] | None = None
-    mitigate: dict[str, Any] | list[dict[str, Any]] | None = None
-    metrics: dict[str, Scores] = {}
-    cost: Cost = Cost()
-    protocol: dict[str, dict[str, Any]] = {}
-
-    @property
-    def is_plain(self) -> bool:
-        return not self.prune and not self.mitigate
-
-
-class Evaluation(Value):
-    name: str = ""
-    created: str = ""
-    recipe_hash: str = ""
-    versions: dict[str, Any] = {}
-    results: tuple[Result, ...] = ()
-
-    @property
-    def plain(self) -> Result | None:
-        """The result without a method, which the others are compared with."""
-        return next((result for result in self.results if result.is_plain), None)
-
-    @property
-    def methods(self) -> tuple[Result, ...]:
-        return tuple(result for result in self.results if not result.is_plain)
-
-
-class Mention(Value):
-    """An object that an answer names, at the characters ``start`` up to (not with) ``end``."""
-
-    text: str = ""
-    start: Annotated[int, Field(ge=0)]
-    end: int
-    object: str
-    hallucinated: bool
-
-
-class View(Value):
-    """What one result did with one picture: raster ids of the kept patches (null: all), heat per patch, the answer."""
-
-    label: str
-    grid: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
-    kept: list[int] | None = None
-    heat: list[NotNegative] | None = None
-    answer: str = ""
-    mentions: tuple[Mention, ...] = ()
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        patches = self.grid[0] * self.grid[1]
-        if self.kept is not None and any(not 0 <= patch < patches for patch in self.kept):
-            raise ValueError(f"kept: expected raster ids below {patches}, found {max(self.kept, key=abs)}")
-        if self.heat is not None and len(self.heat) != patches:
-            raise ValueError(f"heat: expected {patches} numbers for the grid, found {len(self.heat)}")
-        end = 0
-        for mention in sorted(self.mentions, key=lambda mention: mention.start):
-            if not end <= mention.start < mention.end <= len(self.answer):
-                raise ValueError(
-                    f"mentions: '{mention.object}' at {mention.start}..{mention.end} overlaps another "
-                    f"or leaves the answer of {len(self.answer)} characters"
-                )
-            end = mention.end
-        return self
-
-
-class Picture(Value):
-    key: str
-    png: str
-    width: Annotated[int, Field(ge=1)]
-    height: Annotated[int, Field(ge=1)]
-    objects: tuple[str, ...] = ()
-    views: tuple[View, ...] = ()
-
-    @model_validator(mode="after")
-    def _is_png(self) -> Self:
-        if not base64.b64decode(self.png, validate=True).startswith(PNG):
-            raise ValueError("png: expected the base64 of a PNG file")
-        return self
-
-
-class Pictures(Value):
-    items: tuple[Picture, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -269,15 +107,15 @@ def read_stages(written: str, notes: list[str]) -> list[Stage]:
     """
     records = _records(written, notes)
     kept: list[dict[str, Any]] = []
-    resumed = 0
+    resumed = False
     for record in records:
         here = (record["stage"], record["step"])
-        resumed += bool(kept) and (kept[-1]["stage"], kept[-1]["step"]) >= here
         while kept and (kept[-1]["stage"], kept[-1]["step"]) >= here:
+            resumed = True
             kept.pop()
         kept.append(record)
     if resumed:
-        notes.append(f"The run was resumed {resumed} time(s); curves show the steps that count, as logged last.")
+        notes.append("The run was resumed and ran some steps again; the curves show what was logged last.")
     numbers = sorted({record["stage"] for record in kept})
     stages = [_stage([record for record in kept if record["stage"] == number]) for number in numbers]
     for stage in stages:

@@ -7,7 +7,7 @@ from typing import Any
 from vlm.report.compare import Difference, Quantity, benchmarks, difference, judged, quantities, title
 from vlm.report.findings import quantity_title
 from vlm.report.html import Html, join, tag
-from vlm.report.read import Cost, Evaluation, Interval, Result
+from vlm.report.records import Cost, Evaluation, Interval, Result
 
 SIGNS = {"helps": "▲", "hurts": "▼", "same": "●"}
 WORDS = {"helps": "better than plain", "hurts": "worse than plain", "same": "no measurable change"}
