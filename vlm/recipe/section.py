@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from vlm.recipe import units
@@ -61,7 +61,8 @@ class Method(Section):
     """
 
     use: Annotated[Any, BeforeValidator(lambda name: name if isinstance(name, str) else units.parse_str(name))]
-    options: Mapping[str, Any] = {}
+    # Opaque to pydantic, which would copy the keys and lose their places.
+    options: Annotated[Any, Field(default_factory=dict)]
 
     @model_validator(mode="before")
     @classmethod
@@ -69,7 +70,6 @@ class Method(Section):
         if not isinstance(data, Mapping):
             return data
         own = {field.alias or name for name, field in cls.model_fields.items() if name != "options"}
-        # pydantic copies the keys of a mapping; as one opaque value they keep their places.
         options = {key: value for key, value in data.items() if key not in own}
         return {key: value for key, value in data.items() if key in own} | {"options": options}
 

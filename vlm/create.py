@@ -1,0 +1,229 @@
+"""From the name of a method to the object: the file name is the name, the constructor's signature is the schema.
+
+Names are found by listing folders, so that listing them imports nothing and optional packages stay optional;
+installed packages add names through entry points of the group ``vlm.<kind>``. Only the one file that a recipe
+names is imported. It holds one public class that says its ``source`` (or one public class at all); a data maker
+holds a function ``make``.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import ModuleType, NoneType
+from typing import Any, get_args, get_type_hints
+
+import vlm
+from vlm.recipe.coerce import coerce
+from vlm.recipe.errors import RecipeError, unknown
+from vlm.recipe.schema import Recipe
+from vlm.recipe.section import Method
+
+FOLDERS = {
+    "vision": "models/backbones",
+    "connector": "models/connectors",
+    "prune": "models/pruners",
+    "mitigate": "models/mitigators",
+    "objective": "objectives",
+    "benchmark": "data/benchmarks",
+    "make": "data",
+}
+# Arguments that the program fills in and no recipe may set.
+_FILLED_IN = {"connector": {"vision_dim", "language_dim"}, "make": {"progress"}}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a method. ``default`` is ``inspect.Parameter.empty`` where a recipe must give a value."""
+
+    name: str
+    type: Any
+    default: Any
+
+    @property
+    def required(self) -> bool:
+        return self.default is inspect.Parameter.empty
+
+
+def names(kind: str) -> list[str]:
+    """Every name of a kind, sorted, without importing any of them."""
+    return sorted({*_files(kind), *_entry_points(kind)})
+
+
+def uses_file(kind: str, name: str) -> Path | None:
+    """The file that the name stands for; None when an installed entry point provides it or nothing does."""
+    return _files(kind).get(name)
+
+
+def create(kind: str, method: Method, *, check_only: bool = False, **given: Any) -> Any:
+    """The object a recipe names, made from its options.
+
+    Args:
+        kind: one of ``FOLDERS``.
+        method: name and options, as the recipe has them.
+        check_only: import the file and read the options, but make nothing and return None.
+        given: arguments that the program knows and a recipe may not set (the widths of a connector).
+
+    Returns:
+        The instance; for ``make``, what the function returns when it has made the data.
+
+    Raises:
+        RecipeError: unknown name or option, missing option, wrong type; with the line of the recipe.
+    """
+    target = _load(kind, str(method.use), method)
+    accepted = options(kind, target)
+    known = [option for option in accepted if option.name not in given]
+    read = _read_options(method, {option.name: option for option in known})
+    for option in known:
+        if option.required and option.name not in read:
+            raise RecipeError(f"{_start(method.use, kind)}{method.use} needs the option '{option.name}'")
+    return None if check_only else target(**read, **given)
+
+
+def check(recipe: Recipe) -> None:
+    """Read the options of every method of the recipe, so that a mistake in the last one is found before the first runs.
+
+    Raises:
+        RecipeError: as ``create``.
+    """
+    for kind, method in recipe.methods():
+        create(kind, method, check_only=True)
+
+
+def describe(kind: str) -> list[dict[str, Any]]:
+    """What ``vlm methods --json`` prints: kind, name, source, verified, summary and options of every name.
+
+    A method that needs a package that is not installed has ``needs`` with that package and no options.
+    """
+    return [_describe(kind, name) for name in names(kind)]
+
+
+def _describe(kind: str, name: str) -> dict[str, Any]:
+    entry: dict[str, Any] = {"kind": kind, "name": name, "source": "", "verified": "", "summary": "", "options": {}}
+    try:
+        target = _load(kind, name, None)
+    except _NotInstalled as error:
+        return {**entry, "needs": error.package}
+    entry["source"] = getattr(target, "source", "")
+    entry["verified"] = getattr(target, "verified", "")
+    entry["summary"] = (inspect.getdoc(target) or "").split("\n")[0]
+    for option in options(kind, target):
+        shown = {"type": _type_name(option.type), "required": option.required}
+        entry["options"][option.name] = shown if option.required else {**shown, "default": _plain(option.default)}
+    return entry
+
+
+def _type_name(annotation: Any) -> str:
+    return annotation.__name__ if inspect.isclass(annotation) else str(annotation).replace("typing.", "")
+
+
+def _plain(value: Any) -> Any:
+    """A default as JSON has it."""
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, bool | int | float | str | NoneType) else str(value)
+
+
+def _folder(kind: str) -> Path:
+    if kind not in FOLDERS:
+        raise RecipeError(f"kind {kind} {unknown(kind, FOLDERS)}")
+    return Path(vlm.__file__).parent / FOLDERS[kind]
+
+
+def _files(kind: str) -> dict[str, Path]:
+    folder = _folder(kind)
+    if kind == "make":
+        return {file.parent.name: file for file in folder.glob("[!_]*/make.py")}
+    return {file.stem: file for file in folder.glob("[!_]*.py")}
+
+
+def _entry_points(kind: str) -> dict[str, EntryPoint]:
+    _folder(kind)
+    return {point.name: point for point in entry_points(group=f"vlm.{kind}")}
+
+
+class _NotInstalled(RecipeError):
+    def __init__(self, message: str, package: str) -> None:
+        super().__init__(message)
+        self.package = package
+
+
+def _load(kind: str, name: str, method: Method | None) -> Callable[..., Any]:
+    """The class or function that a name stands for; ``method`` is where the recipe says so."""
+    start = _start(method.use if method else "", kind)
+    if name not in names(kind):
+        raise RecipeError(f"{start}{name} {unknown(name, names(kind))}")
+    try:
+        if uses_file(kind, name) is None:
+            return _entry_points(kind)[name].load()
+        return _target(import_module(_module(kind, name)), kind)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "vlm"):
+            raise
+        message = f"{start}{name} needs the package '{package}', which is not installed"
+        raise _NotInstalled(message, package) from None
+
+
+def _module(kind: str, name: str) -> str:
+    folder = FOLDERS[kind].replace("/", ".")
+    return f"vlm.{folder}.{name}.make" if kind == "make" else f"vlm.{folder}.{name}"
+
+
+def _target(module: ModuleType, kind: str) -> Callable[..., Any]:
+    if kind == "make":
+        return module.make
+    public = [
+        found
+        for name, found in vars(module).items()
+        if inspect.isclass(found) and found.__module__ == module.__name__ and not name.startswith("_")
+    ]
+    methods = [found for found in public if "source" in vars(found)] or public
+    if len(methods) != 1:
+        held = ", ".join(found.__name__ for found in methods) or "none"
+        raise RecipeError(f"{module.__name__} must define one public class that says its source; it has {held}")
+    return methods[0]
+
+
+def options(kind: str, target: Callable[..., Any]) -> list[Option]:
+    """The arguments of a method's constructor (or function) that a recipe may set, in order."""
+    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
+    parameters = inspect.signature(target).parameters.values()
+    return [
+        Option(parameter.name, hints.get(parameter.name, Any), parameter.default)
+        for parameter in parameters
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        and parameter.name not in _FILLED_IN.get(kind, ())
+    ]
+
+
+def _read_options(method: Method, known: dict[str, Option]) -> dict[str, Any]:
+    """The options that the recipe gives, each as its declared type."""
+    return dict(_read_one(method, known))
+
+
+def _read_one(method: Method, known: dict[str, Option]) -> Iterator[tuple[str, Any]]:
+    for key, value in method.options.items():
+        option = known.get(str(key))
+        if value is None and (option is None or NoneType not in get_args(option.type)):
+            # `layer: null` clears what an extended recipe set, also when the method is another one now.
+            continue
+        if option is None:
+            raise RecipeError(f"{_start(key, str(key), whole=True)} {unknown(str(key), known)}")
+        try:
+            yield option.name, coerce(value, option.type)
+        except ValueError as error:
+            complaint = str(error)
+            colon = "" if complaint.startswith("must ") else ":"
+            raise RecipeError(f"{_start(key, str(key), whole=True)}{colon} {complaint}") from None
+
+
+def _start(text: str, fallback: str, whole: bool = False) -> str:
+    """The start of a message about ``text``, which may know its place in a file and in the recipe.
+
+    ``recipes/x.yaml:7: prune.use `` for the method's name; without the last space (``whole``) for an option.
+    """
+    where, path = getattr(text, "where", ""), getattr(text, "path", "") or fallback
+    return f"{where}: {path}" .removeprefix(": ") + ("" if whole else " ")
