@@ -59,8 +59,15 @@ class ImageTransform:
             return image
         sampling = _FILTERS[self.interpolation]
         if self.resize == "pad":
-            mean = tuple(round(channel * 255) for channel in self.mean)
-            return ImageOps.pad(image, frame, method=sampling, color=mean)
+            return self._pad(image, frame, sampling)
         if self.resize == "crop":
             return ImageOps.fit(image, frame, method=sampling)
         return image.resize(frame, sampling)
+
+    def _pad(self, image: Image.Image, frame: tuple[int, int], sampling: Image.Resampling) -> Image.Image:
+        """Not PIL's own: that one rounds the short side of a thin picture to nothing."""
+        scale = min(frame[0] / image.width, frame[1] / image.height)
+        width, height = (max(1, round(side * scale)) for side in image.size)
+        canvas = Image.new("RGB", frame, tuple(round(channel * 255) for channel in self.mean))
+        canvas.paste(image.resize((width, height), sampling), ((frame[0] - width) // 2, (frame[1] - height) // 2))
+        return canvas

@@ -72,7 +72,7 @@ def read_entries(address: str) -> list[Entry]:
     """
     found = scan(address)
     if found.problems:
-        more = f" (and {len(found.problems) - 1} more problems)" if len(found.problems) > 1 else ""
+        more = f" (and {len(found.problems) - 1} more)" if len(found.problems) > 1 else ""
         raise DataError(f"{found.problems[0]}{more}; `vlm data check` lists all")
     return found.entries
 
@@ -84,9 +84,11 @@ def scan(address: str) -> Scan:
         try:
             for info in _members(file):
                 walk.take(info)
-        except (tarfile.TarError, DataError) as error:
+            walk.finish()
+        except tarfile.TarError as error:
+            walk.problem("", f"truncated or damaged tar: {error}")
+        except DataError as error:
             walk.problem("", str(error))
-        walk.finish()
         return Scan(list(walk.entries.values()), walk.problems)
 
 

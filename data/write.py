@@ -56,7 +56,8 @@ def write_shards(
 
 
 def _write(samples: Iterable[Sample], parts: _Parts, prefix: str, max_bytes: int, max_count: int) -> int:
-    writer = ShardWriter(
+    seen: set[str] = set()
+    with ShardWriter(
         f"{prefix}-%06d.tar",
         maxcount=max_count,
         maxsize=max_bytes,
@@ -65,14 +66,12 @@ def _write(samples: Iterable[Sample], parts: _Parts, prefix: str, max_bytes: int
         encoder=False,
         mtime=0,
         format="PAX_FORMAT",  # its default, ustar, cannot hold keys longer than 100 characters
-    )
-    seen: set[str] = set()
-    for sample in samples:
-        if sample.key in seen:
-            raise DataError(f"sample {sample.key}: duplicate key: expected each key once, found it again")
-        seen.add(sample.key)
-        writer.write(_members(sample))
-    writer.close()
+    ) as writer:
+        for sample in samples:
+            if sample.key in seen:
+                raise DataError(f"sample {sample.key}: duplicate key: expected each key once, found it again")
+            seen.add(sample.key)
+            writer.write(_members(sample))
     return len(seen)
 
 
