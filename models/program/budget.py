@@ -50,8 +50,8 @@ class Budget:
 
     def count(self, tokens: Int[Tensor, " segments"], images: Int[Tensor, " segments"]) -> Int[Tensor, " segments"]:
         """Tokens to keep in each segment that has ``tokens`` tokens of ``images`` images: at least one, at most all."""
-        wanted = images * self.tokens if self.tokens is not None else (tokens * (self.ratio or 1.0)).round().long()
-        return wanted.clamp_min(1).minimum(tokens)
+        pairs = zip(tokens.tolist(), images.tolist(), strict=True)
+        return tokens.new_tensor([self.of(*pair) for pair in pairs])
 
     def __str__(self) -> str:
         return f"{self.tokens}" if self.tokens is not None else f"{100 * (self.ratio or 0):g}%"

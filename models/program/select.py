@@ -46,7 +46,9 @@ def even_stride() -> Selector:
         total, wanted = tokens.valid.sum(1, keepdim=True), count[:, None]  # [S,1]
         step = torch.arange(int(count.max()), device=count.device)
         number = ((2 * step + 1) * total).div(2 * wanted.clamp_min(1), rounding_mode="floor")  # [S,C], exact
-        hit = torch.zeros_like(tokens.valid).scatter(1, number.clamp_max(tokens.valid.shape[1] - 1), step < wanted)
+        spare = tokens.valid.shape[1]  # a column for the steps beyond a segment's own count
+        column = torch.where(step < wanted, number, spare)
+        hit = tokens.valid.new_zeros(len(count), spare + 1).scatter(1, column, True)
         order = (tokens.valid.long().cumsum(1) - 1).clamp_min(0)  # number of each token among the valid ones
         return hit.gather(1, order) & tokens.valid
 
@@ -81,6 +83,8 @@ def max_min_diversity() -> Selector:
     def choose(tokens: Tokens, count: Int[Tensor, " segments"]) -> Bool[Tensor, "segments tokens"]:
         order = max_min_order(tokens.x, tokens.valid, int(count.max()))
         wanted = torch.arange(order.shape[1], device=order.device) < count[:, None]
-        return torch.zeros_like(tokens.valid).scatter(1, order, wanted) & tokens.valid
+        # a segment with fewer tokens than picks repeats one of them beyond its own count, hence the sum
+        picked = torch.zeros_like(tokens.valid, dtype=torch.long).scatter_add(1, order, wanted.long())
+        return (picked > 0) & tokens.valid
 
     return Selector(choose)
