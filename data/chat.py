@@ -71,7 +71,7 @@ class _Piece:
     """Text, one token id, or the place of an image; with the weight of predicting it."""
 
     text: str = ""
-    token: int = -1
+    token: int | None = None
     ref: int = -1
     weight: float = 0.0
 
@@ -205,7 +205,7 @@ class ChatEncoder:
             text = text.replace(mark, str(token or ""))
         pieces = self._split.split(text) if self._special else [text]
         return [
-            _Piece("" if piece in self._special else piece, self._special.get(piece, -1), weight=weight)
+            _Piece("" if piece in self._special else piece, self._special.get(piece), weight=weight)
             for piece in pieces
             if piece
         ]
@@ -215,17 +215,16 @@ class ChatEncoder:
         weights: list[float] = []
         run: list[_Piece] = []
         refs: list[int] = []
-        for piece in [*pieces, _Piece(token=self.image_id)]:  # the last one only closes the last run of text
-            if piece.token < 0 and piece.ref < 0:
+        for piece in pieces:
+            if piece.token is None and piece.ref < 0:
                 run.append(piece)
                 continue
             self._encode_run(key, run, tokens, weights)
             run = []
-            tokens.append(self.image_id if piece.ref >= 0 else piece.token)
+            tokens.append(self.image_id if piece.token is None else piece.token)
             weights.append(piece.weight)
             refs += [piece.ref] if piece.ref >= 0 else []
-        tokens.pop()
-        weights.pop()
+        self._encode_run(key, run, tokens, weights)
         return tokens, [0.0, *weights[1:]], refs  # nothing comes before the first token, so nothing predicts it
 
     def _encode_run(self, key: str, run: Sequence[_Piece], tokens: list[int], weights: list[float]) -> None:
