@@ -44,7 +44,7 @@ def metrics_lines() -> list[dict]:
     noise = random.Random(0)
     lines = []
     for stage, (name, steps, start, end) in enumerate([("tags", 2000, 0.6, 0.08), ("chat", 2200, 3.1, 0.37)]):
-        for step in range(10, steps + 1, 10):
+        for step in range(9, steps, 10):
             part = math.exp(-step / steps * 5)
             line = {"stage": stage, "name": name, "step": step, "steps": steps, "seconds": stage * 110 + step * 0.055}
             line["loss"] = end + (start - end) * part + noise.gauss(0, 0.03) * (0.3 + part)
@@ -66,14 +66,20 @@ def yes_no(accuracy: float) -> dict:
 
 
 def chair(s: float, i: float, recall: float, length: float, steep: float) -> dict:
-    half = 1.96 * math.sqrt(s * (1 - s) / 500)
+    half, half_i = (1.96 * math.sqrt(rate * (1 - rate) / n) for rate, n in ((s, 500), (i, 2000)))
     rates = [min(1, i * steep * (k + 1) ** 1.3) for k in range(6)]
     scores = {"chair_s": s, "chair_i": i, "recall": recall, "length": length, "n": 500, "by_position": rates}
-    return scores | {"ci": [s - half, s + half]}
+    return scores | {"ci": [s - half, s + half], "ci_i": [i - half_i, i + half_i], "by_position_n": [500] * 6}
 
 
 def evaluation() -> dict:
-    card = {"prompt": "is there a {} ?", "parser": "official", "decoding": "greedy", "file": "sha256:1f0c", "seed": 17}
+    card = {
+        "prompt": "is there a {} ?",
+        "parser": "official",
+        "decoding": "greedy",
+        "files": [{"name": "pope.json", "sha256": "1f0c"}],
+        "seed": 17,
+    }
     results = []
     for label, (prune, mitigate), row in zip(LABELS, METHODS, SCORES, strict=True):
         rnd, pop, adv, s, i, recall, length, cf_s, cf_i, kept, flops = row
@@ -87,7 +93,7 @@ def evaluation() -> dict:
         results.append({"label": label, "prune": prune, "mitigate": mitigate, "metrics": metrics, "cost": cost,
                         "protocol": protocol})  # fmt: skip
     versions = {"vlm-recipes": "0.1.0", "torch": "2.11.0", "transformers": "5.17.0", "python": "3.11.2"}
-    return {"name": "scenes", "created": "2026-03-01 14:05", "recipe_hash": "9c1f" * 16, "versions": versions,
+    return {"name": "scenes", "created": "2026-03-01T14:05:10+00:00", "recipe_hash": "9c1f" * 16, "versions": versions,
             "results": results}  # fmt: skip
 
 
@@ -179,7 +185,7 @@ def test_the_page_has_every_part(run: Path):
     page = read(run)
     sections = [found["id"] for tag, found in page.elements if tag == "section" and "id" in found]
     assert sections == ["findings", "comparison", "position", "pictures", "training", "protocol", "reproduce"]
-    assert page.count("h1") == 1 and "scenes" in page.words and "2026-03-01 14:05" in page.words
+    assert page.count("h1") == 1 and "scenes" in page.words and "2026-03-01 14:05:10 UTC" in page.words
     assert page.count("table", class_="comparison") == 1
     assert page.count("th", scope="row") >= 6 and page.count("tr", class_="plain") == 1
     assert page.count("article", class_="picture") == 3 and page.count("section", class_="view") == 18

@@ -10,7 +10,7 @@ from vlm.report.compare import Quantity, difference, judged, title
 from vlm.report.findings import find
 from vlm.report.records import Evaluation
 
-ACCURACY = Quantity("pope_random", "accuracy", "accuracy", 1, True)
+ACCURACY = Quantity("pope_random", "accuracy", "accuracy", 1, "ci")
 
 
 def yes_no(accuracy: float, half: float = 0.02, recall: float = 0.8) -> dict:
@@ -34,7 +34,9 @@ def evaluate(*results: dict) -> Evaluation:
 
 
 def said(evaluation: Evaluation, subject: str = "") -> list[str]:
-    return [f"{finding.kind}: {finding.text}" for finding in find(evaluation) if finding.subject == subject]
+    found = [finding for finding in find(evaluation) if finding.subject == subject]
+    assert all(finding.text.startswith(f"{subject}: ") for finding in found if subject)
+    return [f"{finding.kind}: {finding.text.removeprefix(f'{subject}: ')}" for finding in found]
 
 
 def test_the_interval_of_a_difference_is_square_and_add():
@@ -94,6 +96,32 @@ def test_less_chair_is_better(after: float, kind: str):
     """± .03 * sqrt(2) = ± .0424"""
     evaluation = evaluate(result("plain", chair=chair(0.2)), result("m", None, "m", chair=chair(after)))
     assert [line.split(":")[0] for line in said(evaluation, "m")] == [kind]
+
+
+def test_a_paired_change_decides_where_the_evaluation_gives_one():
+    plain, method = result("plain", chair=chair(0.2)), result("m", None, "m", chair=chair(0.19))
+    assert said(evaluate(plain, method), "m")[0].startswith("same")
+    method["change"] = {"chair": {"chair_s": {"difference": -0.01, "ci": [-0.02, -0.001], "p": 0.03}}}
+    assert said(evaluate(plain, method), "m") == ["helps: Helps CHAIRs (0.200 → 0.190)."]
+    method["change"]["chair"]["recall"] = {"difference": -0.01, "ci": [-0.02, -0.001], "p": 0.03}
+    assert said(evaluate(plain, method), "m")[0].startswith("mixed: Helps CHAIRs (0.200 → 0.190); hurts recall (0.8")
+
+
+def test_the_interval_of_chair_i_is_used_where_it_is_given():
+    before, after = chair(0.2) | {"ci_i": [0.06, 0.07]}, chair(0.2) | {"chair_i": 0.1, "ci_i": [0.09, 0.11]}
+    assert said(evaluate(result("plain", chair=before), result("m", None, "m", chair=after)), "m") == [
+        "hurts: Hurts CHAIRi (0.067 → 0.100); no measurable change in CHAIRs."
+    ]
+
+
+def test_positions_that_few_captions_reach_say_nothing():
+    scores = chair(0.2, positions=(0.1, 0.2, 1.0)) | {"by_position_n": [90, 20, 19]}
+    assert said(evaluate(result("plain", chair=scores)))[0].endswith("to 0.20 for number 2.")
+
+
+def test_what_a_benchmark_warns_of_is_said():
+    scores = chair(0.0) | {"ci": None, "warnings": ["chair_i has nothing to divide by"]}
+    assert said(evaluate(result("plain", chair=scores))) == ["caution: plain, CHAIR: chair_i has nothing to divide by."]
 
 
 def test_a_method_that_helps_one_number_and_hurts_another_is_mixed():

@@ -50,10 +50,11 @@ def test_a_loss_that_is_not_a_number_is_noted(loss: float | None):
     assert notes == ["Stage s0: the loss is missing or not finite, first at step 20."]
 
 
-def test_an_interrupted_stage_is_noted_but_not_one_between_two_log_lines():
+@pytest.mark.parametrize("last", [29, 30])
+def test_an_interrupted_stage_is_noted_but_not_one_that_counts_from_nought(last: int):
     notes: list[str] = []
-    read_stages("\n".join([line(10), line(20)]), notes)
-    assert notes == []
+    (stage,) = read_stages("\n".join([line(10), line(last)]), notes)
+    assert notes == [] and stage.done == 30
     read_stages("\n".join([line(5), line(10)]), notes)
     assert notes == ["Stage s0: the last logged step is 10 of 30."]
 

@@ -1,6 +1,7 @@
 """What can be compared between two results, and whether a difference is more than chance.
 
-Each judged number comes with a confidence interval of its own. The interval of a difference follows from the two by
+Where the evaluation compared the two item by item (``change``), its paired interval decides. Else each judged number
+comes with a confidence interval of its own, and the interval of the difference follows from the two by
 square-and-add (Newcombe, Statistics in Medicine 17, 1998, method 10): a difference d = b - a of a in [la, ua] and
 b in [lb, ub] lies in [d - hypot(b - lb, ua - a), d + hypot(ub - b, a - la)]. Both results answer the same questions,
 so their errors mostly go together and this interval is, if anything, too wide: it rather misses a small effect than
@@ -8,11 +9,11 @@ claims one that is not there.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import hypot
 from typing import Literal
 
-from vlm.report.records import Chair, Interval, Result, YesNo
+from vlm.report.records import Chair, Change, Interval, Result, YesNo
 
 Verdict = Literal["helps", "hurts", "same"]
 
@@ -25,14 +26,17 @@ class Quantity:
     field: str
     title: str
     better: int = 0
-    has_interval: bool = False
+    interval_field: str = ""
 
     def of(self, result: Result) -> float | None:
         value = getattr(result.metrics.get(self.benchmark), self.field, None)
         return None if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
 
     def interval(self, result: Result) -> Interval | None:
-        return getattr(result.metrics.get(self.benchmark), "ci", None) if self.has_interval else None
+        return getattr(result.metrics.get(self.benchmark), self.interval_field or "-", None)
+
+    def change(self, result: Result) -> Change | None:
+        return result.change.get(self.benchmark, {}).get(self.field)
 
     @property
     def is_rate(self) -> bool:
@@ -54,12 +58,12 @@ class Difference:
         return self.after - self.before
 
 
-YES_NO = (("accuracy", "accuracy", 1, True), ("f1", "F1", 1, False))
+YES_NO = (Quantity("", "accuracy", "accuracy", 1, "ci"), Quantity("", "f1", "F1", 1))
 CHAIR = (
-    ("chair_s", "CHAIRs", -1, True),
-    ("chair_i", "CHAIRi", -1, False),
-    ("recall", "recall", 1, False),
-    ("length", "length", 0, False),
+    Quantity("", "chair_s", "CHAIRs", -1, "ci"),
+    Quantity("", "chair_i", "CHAIRi", -1, "ci_i"),
+    Quantity("", "recall", "recall", 1),
+    Quantity("", "length", "length", 0),
 )
 
 
@@ -81,24 +85,29 @@ def quantities(results: tuple[Result, ...], benchmark: str) -> list[Quantity]:
         )
         shown = [Quantity(benchmark, key, key.replace("_", " ")) for key in fields]
     else:
-        shown = [Quantity(benchmark, *row) for row in (YES_NO if isinstance(kind, YesNo) else CHAIR)]
+        shown = [replace(row, benchmark=benchmark) for row in (YES_NO if isinstance(kind, YesNo) else CHAIR)]
     return [quantity for quantity in shown if any(quantity.of(result) is not None for result in results)]
 
 
 def judged(results: tuple[Result, ...]) -> list[Quantity]:
     """The numbers that have an interval and a direction: those of which a method can be said to help or hurt."""
     every = [quantity for name in benchmarks(results) for quantity in quantities(results, name)]
-    return [q for q in every if q.better and any(q.interval(result) for result in results)]
+    return [q for q in every if q.better and any(q.interval(result) or q.change(result) for result in results)]
 
 
 def difference(quantity: Quantity, plain: Result, method: Result) -> Difference | None:
-    """The change of ``quantity`` against plain, or None where a value or an interval is missing."""
+    """The change of ``quantity`` against plain, or None where a value or every interval is missing."""
     a, b = quantity.of(plain), quantity.of(method)
-    interval_a, interval_b = quantity.interval(plain), quantity.interval(method)
-    if a is None or b is None or interval_a is None or interval_b is None:
+    interval_a, interval_b, paired = quantity.interval(plain), quantity.interval(method), quantity.change(method)
+    if a is None or b is None:
         return None
-    low = b - a - hypot(b - interval_b[0], interval_a[1] - a)
-    high = b - a + hypot(interval_b[1] - b, a - interval_a[0])
+    if paired is not None:
+        low, high = paired.ci
+    elif interval_a is not None and interval_b is not None:
+        low = b - a - hypot(b - interval_b[0], interval_a[1] - a)
+        high = b - a + hypot(interval_b[1] - b, a - interval_a[0])
+    else:
+        return None
     return Difference(a, b, low, high, _verdict(low * quantity.better, high * quantity.better))
 
 

@@ -1,5 +1,7 @@
 """Which curves the page shows: training per stage, and hallucination by position in the caption."""
 
+from itertools import pairwise
+
 from vlm.report.charts import Chart, Line, draw
 from vlm.report.compare import title
 from vlm.report.html import Html, join, tag
@@ -9,7 +11,7 @@ from vlm.report.records import Chair, Evaluation, Result
 TITLES = {
     "samples_per_s": "samples per second",
     "tokens_per_s": "tokens per second",
-    "data_wait_s": "waiting for data (seconds)",
+    "data_wait_s": "waiting for data (seconds per step)",
 }
 RATES = ("samples_per_s", "tokens_per_s", "data_wait_s")
 
@@ -32,7 +34,7 @@ def _stage(stage: Stage) -> Html:
         only = f": {lines[0].label}" if len(lines) == 1 else ""
         charts.append(draw(Chart("learning rate" + only, "step", lines)))
     charts += [_curve(stage, name) for name in RATES if name in curves]
-    heading = tag("h3", f"Stage {stage.number}: {stage.name}", tag("small", f" {_length(stage)}"))
+    heading = tag("h3", f"Stage {stage.number + 1}: {stage.name}", tag("small", f" {_length(stage)}"))
     return tag("section", heading, tag("div", *charts, class_="charts"), class_="stage")
 
 
@@ -42,9 +44,10 @@ def _curve(stage: Stage, name: str) -> Html:
 
 
 def _length(stage: Stage) -> str:
-    steps = f"{stage.steps[-1]} steps" if stage.planned is None else f"{stage.steps[-1]} of {stage.planned} steps"
-    seconds = stage.curves.get("seconds", [])
-    return f"{steps}, {duration(seconds[-1] - seconds[0])}" if seconds and seconds[-1] > seconds[0] else steps
+    steps = f"{stage.done} steps" if stage.is_complete else f"{stage.done} of {stage.planned} steps"
+    clock = stage.curves.get("seconds", [])  # starts anew in a resumed run: only its advances count
+    seconds = sum(max(0.0, after - before) for before, after in pairwise(clock))
+    return f"{steps}, {duration(seconds)}" if seconds else steps
 
 
 def duration(seconds: float) -> str:
@@ -63,7 +66,7 @@ def by_position(evaluation: Evaluation) -> Html:
             name
             for result in evaluation.results
             for name, scores in result.metrics.items()
-            if isinstance(scores, Chair) and scores.by_position
+            if isinstance(scores, Chair) and scores.positions
         )
     )
     charts = []
@@ -90,6 +93,6 @@ def _position_chart(heading: str, lines: list[Line]) -> Html:
 
 
 def _position_line(result: Result, benchmark: str, label: str, strong: bool) -> Line:
-    rates = getattr(result.metrics.get(benchmark), "by_position", ())
+    rates = getattr(result.metrics.get(benchmark), "positions", ())
     known = [float("nan") if rate is None else rate for rate in rates]
     return Line(label, range(1, len(known) + 1), known, strong)

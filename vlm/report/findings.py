@@ -7,11 +7,12 @@ from vlm.report.compare import Difference, Quantity, benchmarks, difference, jud
 from vlm.report.records import Chair, Evaluation, Result, YesNo
 
 SHORTER = 0.05  # a caption this much shorter names fewer objects, which lowers CHAIRs without any better seeing
+MANY = 3  # numbers that a sentence still lists when none of them changed
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A sentence and what kind it is; ``subject`` is the label of the result that it is about, if it is about one."""
+    """A sentence and what kind it is; one about a result begins with ``subject``, its label, and a colon."""
 
     kind: Literal["fact", "helps", "hurts", "mixed", "same", "caution"]
     text: str
@@ -25,7 +26,8 @@ def find(evaluation: Evaluation) -> list[Finding]:
         reason = "Nothing was evaluated without a method, so there is nothing to compare the methods with."
         return [Finding("caution", reason)] if evaluation.results else []
     of_methods = [_method(evaluation, plain, method) for method in evaluation.methods]
-    return [*_split_gap(plain), *_scene_gap(plain), *_position(plain), *of_methods, *_overall(evaluation, plain)]
+    of_plain = [*_split_gap(plain), *_scene_gap(plain), *_position(plain)]
+    return [*of_plain, *of_methods, *_overall(evaluation, plain), *_warnings(evaluation)]
 
 
 def _split_gap(plain: Result) -> list[Finding]:
@@ -78,7 +80,7 @@ def _scene_gap(plain: Result) -> list[Finding]:
 def _position(plain: Result) -> list[Finding]:
     found = []
     for name, scores in plain.metrics.items():
-        rates = [(k, rate) for k, rate in enumerate(getattr(scores, "by_position", ()), 1) if rate is not None]
+        rates = [(k, rate) for k, rate in enumerate(getattr(scores, "positions", ()), 1) if rate is not None]
         if len(rates) > 1 and rates[0][1] != rates[-1][1]:
             (_, first), (number, last) = rates[0], rates[-1]
             trend = "rises" if last > first else "falls"
@@ -100,7 +102,7 @@ def _method(evaluation: Evaluation, plain: Result, method: Result) -> Finding:
     known = [(quantity, change) for quantity, change in changes if change is not None]
     if not known:
         reason = "No number with a confidence interval is there for both this and plain, so it is not judged."
-        return Finding("caution", reason, method.label)
+        return Finding("caution", f"{method.label}: {reason}", method.label)
     by_verdict = {
         verdict: [_told(q, d, evaluation, verdict) for q, d in known if d.verdict == verdict]
         for verdict in ("helps", "hurts", "same")
@@ -110,8 +112,11 @@ def _method(evaluation: Evaluation, plain: Result, method: Result) -> Finding:
         for verdict, start in (("helps", "helps"), ("hurts", "hurts"), ("same", "no measurable change in"))
         if by_verdict[verdict]
     ]
+    if len(by_verdict["same"]) == len(known) > MANY:
+        said = [f"no measurable change in any of {len(known)} numbers"]
     sentence = _capital("; ".join(said)) + "."
-    return Finding(_kind(by_verdict), sentence + _shorter(plain, method) + _saved(plain, method), method.label)
+    text = f"{method.label}: {sentence}{_shorter(plain, method)}{_saved(plain, method)}"
+    return Finding(_kind(by_verdict), text, method.label)
 
 
 def _kind(by_verdict: dict[str, list[str]]) -> Literal["helps", "hurts", "mixed", "same"]:
@@ -181,6 +186,17 @@ def _overall(evaluation: Evaluation, plain: Result) -> list[Finding]:
         note = f"{total} differences were judged one by one; among so many, a few can leave their interval by chance."
         found.append(Finding("caution", note))
     return found
+
+
+def _warnings(evaluation: Evaluation) -> list[Finding]:
+    """What the benchmarks warn of, said once."""
+    every = [
+        f"{result.label}, {title(name, result.metrics)}: {warning}."
+        for result in evaluation.results
+        for name, scores in result.metrics.items()
+        for warning in getattr(scores, "warnings", ())
+    ]
+    return [Finding("caution", text) for text in dict.fromkeys(every)]
 
 
 def _helps(quantity: Quantity, plain: Result, method: Result) -> bool:

@@ -7,7 +7,7 @@ from vlm.report.compare import benchmarks, title
 from vlm.report.findings import Finding, find
 from vlm.report.html import Html, join, tag
 from vlm.report.read import Run
-from vlm.report.records import Chair, YesNo
+from vlm.report.records import FEWEST, Chair, YesNo
 
 STYLE = Path(__file__).with_name("page.css")
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -21,9 +21,13 @@ BADGES = {
 }
 HOW_JUDGED = (
     "Small numbers under a score are its confidence interval and its change against plain. A method is said to help or "
-    "hurt (▲, ▼, in colour) only where the interval of the difference leaves out zero; that interval comes from "
-    "the intervals of the two scores (Newcombe 1998, square-and-add), which is cautious, for both answer the same "
-    "questions. Changes in grey are not measurable, or are of a number whose interval is not known."
+    "hurt (▲, ▼, in colour) only where the interval of the difference leaves out zero. Changes in grey are not "
+    "measurable, or are of a number whose interval is not known. "
+)
+PAIRED = "The interval of a difference is paired: both results answered the same items and are compared item by item."
+UNPAIRED = (
+    "The interval of a difference comes from those of the two scores (Newcombe 1998, square-and-add); this is "
+    "cautious, for both answered the same questions."
 )
 
 
@@ -55,7 +59,8 @@ def page(run: Run) -> str:
 
 def _header(run: Run) -> Html:
     evaluation = run.evaluation
-    facts = [fact for fact in (evaluation.created, _trained(run), _evaluated(run)) if fact]
+    created = evaluation.created.replace("T", " ").replace("+00:00", " UTC")
+    facts = [fact for fact in (created, _trained(run), _evaluated(run)) if fact]
     recipe = evaluation.recipe_hash and tag("span", "recipe ", tag("code", evaluation.recipe_hash[:16]))
     line = tag("p", *(tag("span", fact) for fact in facts), recipe or "", class_="facts")
     missing = tag("ul", *(tag("li", note) for note in run.notes), class_="notes", aria_label="What is missing")
@@ -65,7 +70,7 @@ def _header(run: Run) -> Html:
 
 
 def _trained(run: Run) -> str:
-    steps = sum(stage.steps[-1] for stage in run.stages)
+    steps = sum(stage.done for stage in run.stages)
     plural = "stage" if len(run.stages) == 1 else "stages"
     return f"{len(run.stages)} {plural}, {steps} steps" if run.stages else ""
 
@@ -93,8 +98,8 @@ def _list(found: list[Finding]) -> Html:
 
 def _finding(finding: Finding) -> Html:
     badge = tag("span", BADGES[finding.kind], class_=f"badge {finding.kind}")
-    subject = tag("b", finding.subject + ": ") if finding.subject else ""
-    return tag("li", badge, tag("span", subject, finding.text))
+    start = f"{finding.subject}: " if finding.subject else ""
+    return tag("li", badge, tag("span", tag("b", start) if start else "", finding.text.removeprefix(start)))
 
 
 def _tiles(run: Run) -> Html:
@@ -123,14 +128,15 @@ def _comparison(run: Run) -> Html:
     if not run.evaluation.results:
         return Html("")
     drawn = tables.differences(run.evaluation)
+    how = PAIRED if any(method.change for method in run.evaluation.methods) else UNPAIRED
     heading = tag("h3", "Differences from plain, with their intervals") if drawn else ""
-    return join([tables.comparison(run.evaluation), tag("p", HOW_JUDGED, class_="how"), heading, drawn])
+    return join([tables.comparison(run.evaluation), tag("p", HOW_JUDGED + how, class_="how"), heading, drawn])
 
 
 def _position(run: Run) -> Html:
     drawn = curves.by_position(run.evaluation)
     words = "Of the objects named first, second, … in the captions, the share that is not in the picture. "
-    words += "Later positions rest on fewer captions."
+    words += f"Positions that fewer than {FEWEST} captions reach are left out."
     return join([tag("p", words, class_="how"), drawn]) if drawn else drawn
 
 

@@ -23,13 +23,22 @@ class ReportError(ValueError):
 
 @dataclass(frozen=True)
 class Stage:
-    """The logged steps of one stage. ``curves[quantity]`` is one number per step, NaN where it was not logged."""
+    """The logged steps of one stage, counted from 0. ``curves[quantity]`` has a number per step, NaN where none was."""
 
     number: int
     name: str
     planned: int | None
     steps: list[int]
     curves: dict[str, list[float]]
+
+    @property
+    def done(self) -> int:
+        """Steps taken as far as the log tells: all that were planned once the last one is there."""
+        return self.planned if self.is_complete and self.planned else self.steps[-1] + 1
+
+    @property
+    def is_complete(self) -> bool:
+        return self.planned is None or self.steps[-1] >= self.planned - 1
 
 
 @dataclass(frozen=True)
@@ -174,6 +183,5 @@ def _note_gaps(stage: Stage, notes: list[str]) -> None:
     broken = [step for step, value in zip(stage.steps, loss, strict=True) if not math.isfinite(value)]
     if broken:
         notes.append(f"Stage {stage.name}: the loss is missing or not finite, first at step {broken[0]}.")
-    interval = stage.steps[-1] - stage.steps[-2] if len(stage.steps) > 1 else 1
-    if stage.planned is not None and stage.planned - stage.steps[-1] > interval:
+    if not stage.is_complete:
         notes.append(f"Stage {stage.name}: the last logged step is {stage.steps[-1]} of {stage.planned}.")

@@ -15,6 +15,8 @@ Rate = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Interval = tuple[Rate, Rate]
 
+FEWEST = 20  # captions that a position in the caption needs to be shown: five points each at most
+
 
 class Value(BaseModel):
     """A frozen record; keys that the report does not know are left alone."""
@@ -32,12 +34,14 @@ class YesNo(Value):
     yes_ratio: Rate | None = None
     n: int | None = None
     ci: Interval | None = None
+    warnings: tuple[str, ...] = ()
 
 
 class Chair(Value):
-    """CHAIR scores of captions; ``ci`` is the interval of ``chair_s``, ``length`` counts words.
+    """CHAIR scores of captions; ``ci`` and ``ci_i`` are intervals of ``chair_s`` and ``chair_i``; ``length`` is in words.
 
-    ``by_position[k]`` is the share of hallucinated ones among the objects named as number k (from 0) of a caption.
+    ``by_position[k]`` is the share of hallucinated ones among the objects named as number k (from 0) of a caption,
+    ``by_position_n[k]`` the number of captions that get that far.
     """
 
     chair_s: Rate
@@ -46,7 +50,16 @@ class Chair(Value):
     length: NotNegative | None = None
     n: int | None = None
     ci: Interval | None = None
+    ci_i: Interval | None = None
     by_position: tuple[Rate | None, ...] = ()
+    by_position_n: tuple[int, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def positions(self) -> tuple[float | None, ...]:
+        """``by_position`` where enough captions get that far to say something (or where it is not known how many)."""
+        counts = self.by_position_n or (FEWEST,) * len(self.by_position)
+        return tuple(rate for rate, count in zip(self.by_position, counts, strict=False) if count >= FEWEST)
 
 
 class Other(Value):
@@ -84,13 +97,24 @@ class Cost(Value):
     kv_bytes_per_prompt: NotNegative | None = None
 
 
+class Change(Value):
+    """A result minus plain, compared item by item, with the interval of that."""
+
+    difference: float
+    ci: tuple[float, float]
+
+
 class Result(Value):
-    """One row of the comparison: a pruner and mitigators (both absent: plain) with scores, cost and protocol."""
+    """One row of the comparison: a pruner and mitigators (both absent: plain) with scores, cost and protocol.
+
+    ``change[benchmark][field]``, where an evaluation gives it, is the paired change against plain.
+    """
 
     label: str
     prune: dict[str, Any] | None = None
     mitigate: dict[str, Any] | list[dict[str, Any]] | None = None
     metrics: dict[str, Scores] = {}
+    change: dict[str, dict[str, Change]] = {}
     cost: Cost = Cost()
     protocol: dict[str, dict[str, Any]] = {}
 

@@ -186,7 +186,12 @@ def _entry(cards: Sequence[tuple[str, dict[str, Any]]], key: str) -> Html:
 
 
 def _plain_words(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    """A value of a card without the brackets of JSON."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain_words(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return "; ".join(_plain_words(item) for item in value)
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def key_values(pairs: dict[str, Any], show: Callable[[Any], str] = _plain_words) -> Html:
