@@ -7,7 +7,7 @@ holds a function ``make``.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -73,13 +73,8 @@ def create(kind: str, method: Method, *, check_only: bool = False, **given: Any)
         RecipeError: unknown name or option, missing option, wrong type; with the line of the recipe.
     """
     target = _load(kind, str(method.use), method)
-    accepted = options(kind, target)
-    known = [option for option in accepted if option.name not in given]
-    read = _read_options(method, {option.name: option for option in known})
-    for option in known:
-        if option.required and option.name not in read:
-            raise RecipeError(f"{_start(method.use, kind)}{method.use} needs the option '{option.name}'")
-    return None if check_only else target(**read, **given)
+    arguments = read_options(target, method, {*given, *_FILLED_IN.get(kind, ())})
+    return None if check_only else target(**arguments, **given)
 
 
 def check(recipe: Recipe) -> None:
@@ -106,10 +101,12 @@ def _describe(kind: str, name: str) -> dict[str, Any]:
         target = _load(kind, name, None)
     except _NotInstalled as error:
         return {**entry, "needs": error.package}
-    entry["source"] = getattr(target, "source", "")
-    entry["verified"] = getattr(target, "verified", "")
+    # A data maker is a function of our own: it is its own definition.
+    own = (f"{FOLDERS[kind]}/{name}/make.py", "definition") if kind == "make" else ("", "")
+    entry["source"] = getattr(target, "source", own[0])
+    entry["verified"] = getattr(target, "verified", own[1])
     entry["summary"] = (inspect.getdoc(target) or "").split("\n")[0]
-    for option in options(kind, target):
+    for option in options(target, _FILLED_IN.get(kind, ())):
         shown = {"type": _type_name(option.type), "required": option.required}
         entry["options"][option.name] = shown if option.required else {**shown, "default": _plain(option.default)}
     return entry
@@ -153,8 +150,9 @@ class _NotInstalled(RecipeError):
 def _load(kind: str, name: str, method: Method | None) -> Callable[..., Any]:
     """The class or function that a name stands for; ``method`` is where the recipe says so."""
     start = _start(method.use if method else "", kind)
-    if name not in names(kind):
-        raise RecipeError(f"{start}{name} {unknown(name, names(kind))}")
+    known = names(kind)
+    if name not in known:
+        raise RecipeError(f"{start} {name} {unknown(name, known)}")
     try:
         if uses_file(kind, name) is None:
             return _entry_points(kind)[name].load()
@@ -163,7 +161,7 @@ def _load(kind: str, name: str, method: Method | None) -> Callable[..., Any]:
         package = (error.name or "").partition(".")[0]
         if package in ("", "vlm"):
             raise
-        message = f"{start}{name} needs the package '{package}', which is not installed"
+        message = f"{start} {name} needs the package '{package}', which is not installed"
         raise _NotInstalled(message, package) from None
 
 
@@ -187,43 +185,49 @@ def _target(module: ModuleType, kind: str) -> Callable[..., Any]:
     return methods[0]
 
 
-def options(kind: str, target: Callable[..., Any]) -> list[Option]:
-    """The arguments of a method's constructor (or function) that a recipe may set, in order."""
-    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
+def options(target: Callable[..., Any], filled_in: Collection[str] = ()) -> list[Option]:
+    """The arguments of a constructor or function, in order, without those that the program fills in."""
+    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
     parameters = inspect.signature(target).parameters.values()
     return [
         Option(parameter.name, hints.get(parameter.name, Any), parameter.default)
         for parameter in parameters
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        and parameter.name not in _FILLED_IN.get(kind, ())
+        and parameter.name not in filled_in
     ]
 
 
-def _read_options(method: Method, known: dict[str, Option]) -> dict[str, Any]:
-    """The options that the recipe gives, each as its declared type."""
-    return dict(_read_one(method, known))
+def read_options(target: Callable[..., Any], method: Method, filled_in: Collection[str] = ()) -> dict[str, Any]:
+    """The options that ``method`` gives to ``target``, each as its declared type.
+
+    Raises:
+        RecipeError: an unknown option, a missing one, a wrong type.
+    """
+    known = {option.name: option for option in options(target, filled_in)}
+    read = dict(_read(method, known))
+    for option in known.values():
+        if option.required and option.name not in read:
+            raise RecipeError(f"{_start(method.use, 'use')} {method.use} needs the option '{option.name}'")
+    return read
 
 
-def _read_one(method: Method, known: dict[str, Option]) -> Iterator[tuple[str, Any]]:
+def _read(method: Method, known: dict[str, Option]) -> Iterator[tuple[str, Any]]:
     for key, value in method.options.items():
-        option = known.get(str(key))
+        option = known.get(key)
         if value is None and (option is None or NoneType not in get_args(option.type)):
             # `layer: null` clears what an extended recipe set, also when the method is another one now.
             continue
         if option is None:
-            raise RecipeError(f"{_start(key, str(key), whole=True)} {unknown(str(key), known)}")
+            raise RecipeError(f"{_start(key, key)} {unknown(key, known)}")
         try:
             yield option.name, coerce(value, option.type)
         except ValueError as error:
             complaint = str(error)
             colon = "" if complaint.startswith("must ") else ":"
-            raise RecipeError(f"{_start(key, str(key), whole=True)}{colon} {complaint}") from None
+            raise RecipeError(f"{_start(key, key)}{colon} {complaint}") from None
 
 
-def _start(text: str, fallback: str, whole: bool = False) -> str:
-    """The start of a message about ``text``, which may know its place in a file and in the recipe.
-
-    ``recipes/x.yaml:7: prune.use `` for the method's name; without the last space (``whole``) for an option.
-    """
+def _start(text: str, fallback: str) -> str:
+    """``recipes/x.yaml:7: prune.keep``: the start of a message about a key or name, which may know its place."""
     where, path = getattr(text, "where", ""), getattr(text, "path", "") or fallback
-    return f"{where}: {path}" .removeprefix(": ") + ("" if whole else " ")
+    return f"{where}: {path}" if where else path

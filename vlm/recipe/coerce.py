@@ -65,7 +65,7 @@ def _first_that_fits(value: Any, alternatives: tuple[Any, ...]) -> Any:
 
 def _choice(value: Any, choices: tuple[Any, ...]) -> Any:
     for choice in choices:
-        if type(choice) in _SCALARS and value == choice or isinstance(value, str) and str(choice) == value:
+        if value == (str(choice) if isinstance(value, str) else choice):
             return choice
     expected = " or ".join(repr(choice) for choice in choices)
     raise ValueError(f"must be {expected}, found {units.found(value)}{nearest(str(value), map(str, choices))}")

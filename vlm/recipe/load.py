@@ -105,14 +105,33 @@ def _extend(tree: dict[str, Any], extends: Tree, file: Path, children: tuple[Pat
     return merged
 
 
+def read_words(words: Iterable[str]) -> dict[str, Tree]:
+    """``key=value`` words of a command line as the options of a method.
+
+    Raises:
+        RecipeError: a word without ``=``, or a value that is not YAML.
+    """
+    options: dict[str, Tree] = {}
+    for word in words:
+        key, value, where = _split(word)
+        options[Text(key, where, path=key)] = value
+    return options
+
+
 def _override(tree: Tree, override: str) -> Tree:
+    path, value, where = _split(override)
+    if path == "extends":
+        raise RecipeError(f"{where}: extends belongs in a file")
+    return assign(tree, path, value, where)
+
+
+def _split(override: str) -> tuple[str, Tree, str]:
+    """The path, the value and the place that messages name."""
     where = f"override {override}"
     path, equals, value = override.partition("=")
     if not equals or not path:
         raise RecipeError(f"{where}: is not of the form key.path=value")
-    if path == "extends":
-        raise RecipeError(f"{where}: extends belongs in a file")
-    return assign(tree, path, parse(value, where, where), where)
+    return path, parse(value, where, where), where
 
 
 def _explain(detail: ErrorDetails, tree: Tree, source: str) -> str:

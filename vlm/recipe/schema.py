@@ -102,7 +102,6 @@ class Data(Section):
     workers: NotNegative = 1
     sources: Annotated[Mapping[Name, Source], Nulls] = {}
     on_bad_sample: BadSamples = BadSamples()
-    limits: Annotated[Mapping[str, Int], Nulls] = {}
 
 
 class Training(Section):

@@ -62,7 +62,7 @@ class Method(Section):
 
     use: Annotated[Any, BeforeValidator(lambda name: name if isinstance(name, str) else units.parse_str(name))]
     # Opaque to pydantic, which would copy the keys and lose their places.
-    options: Annotated[Any, Field(default_factory=dict)]
+    options: Any = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod

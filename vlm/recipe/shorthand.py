@@ -11,11 +11,11 @@ Done to every file before it is merged and again after every override, so that `
 ``model.vision.name`` mean the same whichever way the recipe was spelled. Doing it twice changes nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vlm.recipe.errors import RecipeError
-from vlm.recipe.tree import Text, Tree, first_place
+from vlm.recipe.tree import Text, Tree
 
 _METHODS = (
     "prune",
@@ -42,7 +42,7 @@ def normalise(tree: Tree) -> Tree:
     return tree
 
 
-def _change(tree: Tree, steps: list[str], change: Change, key: str = "") -> Tree:
+def _change(tree: Tree, steps: Sequence[str], change: Change, key: str = "") -> Tree:
     """``tree`` with ``change(value, key)`` at the places that ``steps`` names; ``*`` is every entry."""
     if not steps:
         return change(tree, key)
@@ -64,9 +64,10 @@ def _stage(item: Tree, _: str) -> Tree:
     if isinstance(body, list | str) or name in _STAGE_MAPPINGS:
         return item
     body = body or {}
+    head: dict[str, Any] = {Text("name", _place(name)): Text(name, _place(name))}
     if "name" in body:
         raise RecipeError(f"{_place(name)}: stage {name} has a second name, '{body['name']}'")
-    return {Text("name", _place(name)): Text(name, _place(name))} | body
+    return head | body
 
 
 def _method(value: Tree, _: str) -> Tree:

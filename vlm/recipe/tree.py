@@ -89,7 +89,7 @@ class _Reader:
                 raise RecipeError(f"{place}: the merge key << is not read; write the keys or use extends")
             if key_node.value in result:
                 first = next(key for key in result if key == key_node.value)
-                raise RecipeError(f"{place}: {first} is given twice, first at {first.where}")
+                raise RecipeError(f"{place}: {first} is given twice, first at {getattr(first, 'where', '')}")
             result[Text(key_node.value, place)] = self.read(value_node, depth + 1)
         return result
 

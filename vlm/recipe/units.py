@@ -47,7 +47,7 @@ def parse_int(value: Any) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     match = _COUNT.fullmatch(value) if isinstance(value, str) else None
-    if match and (match[2] or _INTEGER.fullmatch(value)):
+    if match and (match[2] or _INTEGER.fullmatch(match[1])):
         number = Fraction(match[1]) * _MULTIPLES[match[2]]
         if number.denominator == 1:
             return int(number)

@@ -1,0 +1,173 @@
+"""``vlm data make | pack | index | check | show``: shards made, converted, indexed, checked and looked at."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm.commands.recipes import add_overrides, add_recipe, load
+
+if TYPE_CHECKING:
+    from vlm.data.batch import Example
+    from vlm.data.chat import ChatEncoder
+    from vlm.data.schema import Sample
+    from vlm.recipe import Method, Recipe
+
+# The word on the command line -> the reader `read_<word>` in the importer of that name.
+_FORMATS = {
+    "llava-json": "LLaVA's JSON or JSON lines with its image folder",
+    "coco-captions": "COCO captions JSON with its image folder",
+}
+
+
+def add(commands: Any) -> None:
+    text = "make, convert, index, check and look at shards"
+    data = commands.add_parser("data", help=text, description=text)
+    actions = data.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
+    for add_action in (_add_make, _add_pack, _add_index, _add_check, _add_show):
+        add_action(actions)
+
+
+def _add_make(actions: Any) -> None:
+    text = "make the data of a recipe, or of a maker (scenes) with its own options; done already is done"
+    parser = actions.add_parser("make", help=text, description=text)
+    parser.add_argument("recipe", metavar="RECIPE|MAKER", help="a recipe, or a maker such as scenes")
+    add_overrides(parser, "change the recipe; after a maker its options, such as folder=data/scenes train=1000")
+    parser.set_defaults(call=_make)
+
+
+def _make(arguments: argparse.Namespace) -> None:
+    from vlm.create import create, names
+    from vlm.recipe import RecipeError
+
+    if arguments.recipe in names("make") and not Path(arguments.recipe).is_file():
+        method = _maker(arguments.recipe, arguments.overrides)
+    else:
+        method = load(arguments).data.make
+        if method is None:
+            raise RecipeError(f"{arguments.recipe}: data.make is not set, so there is nothing to make")
+    create("make", method, check_only=True)
+    print(create("make", method, progress=_Ticker("make data")))
+
+
+def _maker(name: str, options: list[str]) -> "Method":
+    """A maker with the options of the packaged recipe of its name, where there is one, and those given over them."""
+    from vlm.recipe import Method, load_recipe
+    from vlm.recipe.load import packaged_folder, read_words
+
+    given = read_words(options)
+    packaged = packaged_folder() / f"{name}.yaml"
+    usual = load_recipe(packaged).data.make if packaged.is_file() else None
+    if usual is not None and usual.use == name:
+        kept = {key: value for key, value in usual.options.items() if key not in given}
+        return Method.model_validate({"use": name, **kept, **given})
+    return Method.model_validate({"use": name, **given})
+
+
+class _Ticker:
+    """Shows progress from the first call on, which is when the total is known."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.progress: Any = None
+
+    def __call__(self, done: int, total: int) -> None:
+        from vlm.progress import Progress
+
+        self.progress = self.progress or Progress(self.title, total)
+        self.progress.update(done)
+
+
+def _add_pack(actions: Any) -> None:
+    text = "convert a data set that you have into shards"
+    parser = actions.add_parser("pack", help=text, description=text)
+    parser.add_argument("format", metavar="FORMAT", choices=_FORMATS, help=", ".join(_FORMATS))
+    parser.add_argument("file", metavar="FILE", type=Path, help="the annotations")
+    parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="the folder of the images")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder for the shards")
+    add_overrides(parser, "options of the format, such as on_bad=skip")
+    parser.set_defaults(call=_pack)
+
+
+def _pack(arguments: argparse.Namespace) -> None:
+    from importlib import import_module
+
+    from vlm.create import read_options
+    from vlm.data.write import write_shards
+    from vlm.recipe import Method
+    from vlm.recipe.load import read_words
+
+    module = arguments.format.replace("-", "_")
+    read = getattr(import_module(f"vlm.data.importers.{module}"), f"read_{module}")
+    method = Method.model_validate({"use": arguments.format, **read_words(arguments.overrides)})
+    options = read_options(read, method, filled_in=("annotations", "images"))
+    manifest = write_shards(read(arguments.file, arguments.images, **options), arguments.out)
+    print(f"{arguments.out}: {len(manifest)} samples in {len(manifest.shards)} shards")
+
+
+def _add_index(actions: Any) -> None:
+    text = "index shards, and write the manifest of each folder"
+    parser = actions.add_parser("index", help=text, description=text)
+    parser.add_argument("paths", metavar="PATH", nargs="+", help="shards, folders or patterns of them")
+    parser.set_defaults(call=_index)
+
+
+def _index(arguments: argparse.Namespace) -> None:
+    from vlm.data.index import build_index
+
+    manifest = build_index(arguments.paths)
+    print(f"{len(manifest)} samples in {len(manifest.shards)} shards, hash {manifest.hash[:12]}")
+
+
+def _add_check(actions: Any) -> None:
+    text = "find everything wrong with shards; exit code 1 with one line per problem"
+    parser = actions.add_parser("check", help=text, description=text)
+    parser.add_argument("paths", metavar="PATH", nargs="+", help="shards, folders or patterns of them")
+    parser.set_defaults(call=_check)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from vlm.data.check import check
+
+    problems = check(arguments.paths)
+    for problem in problems:
+        print(" ".join(str(problem).splitlines()))
+    return 1 if problems else 0
+
+
+def _add_show(actions: Any) -> None:
+    text = "an HTML page of samples as the model gets them: template, masking, what is learned in colour"
+    parser = actions.add_parser("show", help=text, description=text)
+    add_recipe(parser)
+    parser.add_argument("--samples", type=int, default=12, metavar="N", help="of each source (12)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the page (samples.html in the run's folder)")
+    parser.set_defaults(call=_show)
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    recipe = load(arguments)
+    from vlm.build import build_encoder, build_model, build_tokenizer
+    from vlm.data.show import show
+
+    tokenizer = build_tokenizer(recipe)
+    encoder = build_encoder(recipe, build_model(recipe, tokenizer, meta=True), tokenizer)
+    page = show(_samples(recipe, encoder, arguments.samples), encoder, f"Samples of {recipe.name}")
+    out = arguments.out or Path(recipe.run.dir) / "samples.html"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page, encoding="utf-8")
+    print(out)
+
+
+def _samples(recipe: "Recipe", encoder: "ChatEncoder", count: int) -> list[tuple["Sample", "Example"]]:
+    """``count`` samples of every source, evenly spread over it, each with what the encoder makes of it."""
+    from vlm.data.draw import Draw
+    from vlm.data.index import load_manifest
+    from vlm.data.store import Store
+
+    pairs = []
+    for source in recipe.data.sources.values():
+        store = Store(load_manifest(list(source.shards)))
+        chosen = min(count, len(store))
+        for number in (len(store) * index // chosen for index in range(chosen)):
+            sample = store.read(number)
+            pairs.append((sample, encoder(sample, Draw(number, 0, recipe.seed))))
+    return pairs
