@@ -38,7 +38,7 @@ class YesNo(Value):
 
 
 class Chair(Value):
-    """CHAIR scores of captions; ``ci`` and ``ci_i`` are intervals of ``chair_s`` and ``chair_i``; ``length`` is in words.
+    """CHAIR scores of captions; ``ci`` is the interval of ``chair_s``, ``ci_i`` of ``chair_i``; ``length`` in words.
 
     ``by_position[k]`` is the share of hallucinated ones among the objects named as number k (from 0) of a caption,
     ``by_position_n[k]`` the number of captions that get that far.
