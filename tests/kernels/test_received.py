@@ -51,6 +51,7 @@ def test_padding_keys_receive_nothing():
     torch.testing.assert_close(got.sum(-1), torch.ones(1, 2))  # row 0 sees only the hidden key and gives nothing
 
 
+@pytest.mark.bad_shape
 @pytest.mark.parametrize(
     ("change", "message"),
     [
