@@ -40,6 +40,7 @@ class M3id:
     def logits(self, by_stream: Mapping[str, Float[Tensor, "batch vocab"]], step: int) -> Float[Tensor, "batch vocab"]:
         with_image = by_stream["main"].float().log_softmax(-1)
         without = by_stream["no_image"].float().log_softmax(-1)
-        weight = min(math.expm1(self.decay * (step + self.t0)), self.max_weight)  # (1 - g) / g
+        age = min(self.decay * (step + self.t0), math.log1p(self.max_weight))  # capped before exp can overflow
+        weight = math.expm1(age)  # (1 - g) / g
         unsure = with_image.exp().amax(-1, keepdim=True) < self.tau
         return with_image + torch.where(unsure, weight, 0.0) * (with_image - without)

@@ -8,6 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from vlm.kernels.grouped_mass.rules import TEXT, TEXT_SINK, VISUAL, VISUAL_SINK, VisualRedistribution
+from vlm.models.errors import ModelError
 from vlm.models.program.program import Decoder, Keys, Peak, Program, Regroup, attn
 
 
@@ -39,6 +40,8 @@ class Var:
     skip_last: bool = True
 
     def program(self, decoder: Decoder) -> Program:
+        if foreign := [d for d in self.dims if not 0 <= d < decoder.width]:
+            raise ModelError(f"var.dims: the language model has dimensions 0..{decoder.width - 1}; found {foreign[0]}")
         moved = self.taken if self.semantics == "paper" else 1 - self.taken
         rule = VisualRedistribution(moved, self.rho, self.image_min)
         layers = range(2, decoder.layers - self.skip_last)

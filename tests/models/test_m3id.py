@@ -1,0 +1,89 @@
+"""M3ID: its arithmetic by hand, and its two streams against recomputing everything without caches."""
+
+import math
+
+import pytest
+import torch
+
+from vlm.models.mitigators.m3id import M3id
+from vlm.models.program.attach import attach
+from vlm.models.program.budget import Budget
+from vlm.models.program.decode import generate
+from vlm.models.program.program import Decoder
+from vlm.models.pruners.fastv import Fastv
+
+
+def by_stream(main: list[float], without: list[float]) -> dict[str, torch.Tensor]:
+    return {"main": torch.tensor([main]).log(), "no_image": torch.tensor([without]).log()}
+
+
+@pytest.mark.parametrize(
+    ("method", "step", "weight"),
+    [
+        (M3id(), 0, 0.0),
+        (M3id(), 1, 0.0202013),  # exp(0.02) - 1
+        (M3id(), 50, 1.7182818),  # e - 1
+        (M3id(), 100, 6.3890561),  # e^2 - 1
+        (M3id(), 512, 50.0),  # e^10.24 - 1 = 28 000, held at max_weight
+        (M3id(t0=50), 50, 6.3890561),
+        (M3id(max_weight=5.0), 100, 5.0),
+        (M3id(decay=0.1), 10, 1.7182818),
+        (M3id(decay=40.0), 100, 50.0),  # e^4000 is no float
+    ],
+)
+def test_the_weight_follows_the_schedule(method, step, weight):
+    method = M3id(method.decay, tau=1.1, t0=method.t0, max_weight=method.max_weight)
+    got = method.logits(by_stream([0.5, 0.25, 0.25], [0.25, 0.25, 0.5]), step)
+    ratio = math.log(2)  # s - u is log 2, 0, -log 2
+    expected = torch.tensor([[math.log(0.5) + weight * ratio, math.log(0.25), math.log(0.25) - weight * ratio]])
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_confident_token_is_left_alone_row_by_row():
+    main, without = torch.tensor([[0.31, 0.5, 0.19], [0.29, 0.29, 0.42]]).log(), torch.full((2, 3), 1 / 3).log()
+    got = M3id(tau=0.45).logits({"main": main, "no_image": without}, 50)
+    torch.testing.assert_close(got[0], main[0])  # 0.5 >= tau
+    assert (got[1] - main[1]).abs().min() > 0.1
+
+
+def test_identical_streams_are_plain_decoding(make_model, batch):
+    # without an image both streams read the same prompt
+    model, inputs = make_model(), batch("tttt", "tt")
+    plain = generate(model, inputs, max_new_tokens=10, stop=99)
+    with attach(model, M3id(decay=1.0, tau=1.1).program(model.decoder_facts)):
+        assert generate(model, inputs, max_new_tokens=10, stop=99) == plain
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_generation_equals_recomputing_both_streams(make_model, batch, alone, cut):
+    model, inputs = make_model(), batch("tt#ttt", "t#t#tt", "tttt", "#ttttttt")
+    method = M3id(decay=0.5, tau=0.9)
+    pruner = Fastv(Budget.parse("25%")).program(model.decoder_facts) if cut else ()
+    with attach(model, pruner + method.program(model.decoder_facts)):
+        answers = generate(model, inputs, max_new_tokens=6, stop=99)
+    with attach(model, pruner):
+        plain = generate(model, inputs, max_new_tokens=6, stop=99)
+    assert answers != plain
+    embed = model.language.get_input_embeddings()
+    for b in range(4):
+        row = alone(inputs, b)
+        text = row.tokens[row.tokens >= 0]
+        chosen: list[int] = []
+        for step in range(6):
+            with torch.no_grad(), attach(model, pruner):
+                logits, stream = model.prefill(row)
+                for token in chosen:
+                    logits = model.step(stream, torch.tensor([token]))
+            with torch.no_grad():
+                without = model.language(inputs_embeds=embed(torch.tensor([[*text.tolist(), *chosen]])))
+            s, u = logits[0].log_softmax(-1), without.logits[0, -1].log_softmax(-1)
+            gamma = math.exp(-0.5 * step)
+            changed = s + (1 - gamma) / gamma * (s - u) if s.exp().max() < 0.9 else s
+            chosen.append(int(changed.argmax()))
+        assert answers[b] == chosen
+
+
+def test_neutral_settings_are_empty():
+    facts = Decoder(layers=4, width=32)
+    assert M3id(decay=0).program(facts) == () == M3id(tau=0).program(facts)
+    assert len(M3id().program(facts)) == 1
