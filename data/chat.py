@@ -183,10 +183,8 @@ class ChatEncoder:
 
     def _turn(self, key: str, message: Message, with_images: bool) -> list[_Piece]:
         if message.role not in ("system", "user", "assistant"):
-            name = self.template.name
-            raise DataError(
-                f"sample {key}: role: template {name} writes system, user, assistant; found {message.role!r}"
-            )
+            expected = f"system, user or assistant, all that template {self.template.name} writes"
+            raise DataError(f"sample {key}: role: expected {expected}, found {message.role!r}")
         prefix = getattr(self.template, f"{message.role}_prefix")
         suffix = getattr(self.template, f"{message.role}_suffix")
         weight = message.weight if message.role == "assistant" and message.loss else 0.0

@@ -206,10 +206,8 @@ def _start_positions(config: StreamConfig, identity: str, state: State | None) -
     if state.get("version") != STATE_VERSION:
         raise DataError(f"state: expected version {STATE_VERSION}, found {state.get('version')!r}")
     if len(state["slots"]) != config.global_batch:
-        found = len(state["slots"])
-        raise DataError(
-            f"state: expected the {config.global_batch} slots of global_batch, found {found}; keep it fixed"
-        )
+        expected, found = config.global_batch, len(state["slots"])
+        raise DataError(f"state: expected {expected} slots, one per sample of global_batch, found {found}")
     if state["order"] != identity:
         raise DataError(
             f"state: expected order {identity} (data, weights, seed, shuffle), found {state['order']}:"

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-import webdataset
 from PIL import Image
+from webdataset.compat import WebDataset
 
 from vlm.data.errors import DataError
 from vlm.data.index import build_index, load_index, load_manifest
@@ -45,7 +45,7 @@ def test_stock_webdataset_reads_our_shards(tmp_path: Path):
     write_shards(SAMPLES, tmp_path, max_count=3)
     shards = sorted(str(path) for path in tmp_path.glob("*.tar"))
     assert [Path(shard).name for shard in shards] == [f"shard-{n:06d}.tar" for n in range(3)]
-    read = list(webdataset.WebDataset(shards, shardshuffle=False))
+    read = list(WebDataset(shards, shardshuffle=False))
     assert [item["__key__"] for item in read] == [given.key for given in SAMPLES]
     for item, given in zip(read, SAMPLES, strict=True):
         assert tuple(item[f"{n}.png"] for n in range(len(given.media))) == given.media
