@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from vlm.create import create
 from vlm.data.chat import TEMPLATES, ChatEncoder
@@ -47,7 +47,7 @@ def _language(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, meta: bool) ->
     if spec.use == "config":
         return build_language(spec.config or {}, len(tokenizer))
     if meta:
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(spec.name), attn_implementation="sdpa")
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(spec.name)), attn_implementation="sdpa")
     return load_language(str(spec.name))
 
 
@@ -57,6 +57,8 @@ def build_encoder(
     """What turns a sample into token ids and pixels for this model."""
     image = model.vision.image
     transform = ImageTransform((image.size, image.size), image.mean, image.std, interpolation=image.interpolation)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise RecipeError(f"model.language.tokenizer: expected a fast tokenizer; found {type(tokenizer).__name__}")
     name = recipe.model.template
     if name not in TEMPLATES:
         raise RecipeError(f"model.template: expected one of {', '.join(TEMPLATES)}; found {name!r}")

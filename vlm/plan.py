@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.build import build_model, build_tokenizer
+from vlm.create import check as check_methods
 from vlm.create import create
 from vlm.data.index import load_manifest
 from vlm.data.stream import legal_worlds
@@ -36,9 +37,7 @@ def plan(recipe: Recipe) -> str:
     The tokenizer must be there for an exact count of the vocabulary; when the recipe still has to make its data
     the tokenizer comes with them, and the plan says what it leaves open.
     """
-    for kind, method in recipe.methods():
-        if kind not in ("vision", "connector", "make"):
-            create(kind, method)
+    check_methods(recipe)
     lines = [f"{recipe.name}  (recipe {recipe.hash()[:12]})", ""]
     made = recipe.data.make is not None and not _sources_exist(recipe)
     if made:
@@ -73,7 +72,6 @@ def _tokenizer_exists(recipe: Recipe) -> bool:
 
 def _data_to_make(recipe: Recipe) -> list[str]:
     assert recipe.data.make is not None
-    create("make", recipe.data.make, check_only=True)
     return [f"Data: made here first by {recipe.data.make.use}: {dict(recipe.data.make.options)}"]
 
 

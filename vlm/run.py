@@ -8,12 +8,13 @@ import torch
 from vlm.build import build_model, build_tokenizer, make_data
 from vlm.evaluation.evaluate import evaluate
 from vlm.models.program.attach import check
-from vlm.plan import programs_of
+from vlm.plan import programs_of, table
 from vlm.progress import Progress
 from vlm.recipe import Recipe
 from vlm.report import write_report
 from vlm.report.findings import find
 from vlm.report.read import read_run
+from vlm.report.records import Chair, Evaluation, YesNo
 from vlm.training.train import is_first_rank, train, trained_weights
 
 PARTS = ("data", "train", "evaluate", "report")
@@ -31,10 +32,9 @@ def run(recipe: Recipe, parts: Sequence[str] = PARTS) -> None:
             _make(recipe)
         (folder / "recipe.yaml").write_text(recipe.to_yaml())
     if {"train", "evaluate"} & set(parts):
-        _train_and_evaluate(recipe, parts)
+        _train_and_evaluate(recipe, folder, parts)
     if "report" in parts and is_first_rank():
-        report = write_report(folder)
-        _tell(folder, report)
+        print(f"Report: {write_report(folder)}")
 
 
 def _make(recipe: Recipe) -> None:
@@ -48,7 +48,7 @@ def _make(recipe: Recipe) -> None:
     make_data(recipe, tick)
 
 
-def _train_and_evaluate(recipe: Recipe, parts: Sequence[str]) -> None:
+def _train_and_evaluate(recipe: Recipe, folder: Path, parts: Sequence[str]) -> None:
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
     tokenizer = build_tokenizer(recipe)
@@ -59,11 +59,28 @@ def _train_and_evaluate(recipe: Recipe, parts: Sequence[str]) -> None:
         train(recipe, model, tokenizer)
     if "evaluate" in parts and is_first_rank():
         evaluate(recipe, model, tokenizer, trained_weights(recipe, model))
+        print("\n".join(found(folder)))
 
 
-def _tell(folder: Path, report: Path) -> None:
-    """What was found and where to look, on standard output."""
+def found(folder: Path) -> list[str]:
+    """What the evaluation in ``folder`` found, as lines for the terminal."""
     evaluation = read_run(folder).evaluation
-    for finding in find(evaluation) if evaluation else ():
-        print(f"* {finding.text}")
-    print(f"Report: {report}")
+    facts = [f"* {finding.text}" for finding in find(evaluation) if finding.kind == "fact"]
+    rest = "* What each pruner and mitigator changed, with intervals and pictures, is in the report."
+    return ["", *table(_rows(evaluation)), "", *facts, rest]
+
+
+def _rows(evaluation: Evaluation) -> list[list[str]]:
+    """Main numbers of every result, in percent; words per answer where answers have a length."""
+    names = list(dict.fromkeys(name for result in evaluation.results for name in result.metrics))
+    rows = [["", *names]]
+    for result in evaluation.results:
+        rows.append([result.label, *(_cell(result.metrics.get(name)) for name in names)])
+    return rows
+
+
+def _cell(scores: YesNo | Chair | None) -> str:
+    if isinstance(scores, Chair):
+        length = "" if scores.length is None else f" ({scores.length:.0f} words)"
+        return f"Cs {100 * scores.chair_s:.1f}{length}"
+    return "" if scores is None else f"{100 * scores.accuracy:.1f}"

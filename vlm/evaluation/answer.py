@@ -47,6 +47,13 @@ class Asker:
         self.model, self.tokenizer, self.encoder, self.read, self.batch = model, tokenizer, encoder, read, batch
         self._pixels: OrderedDict[str, Tensor] = OrderedDict()
 
+    @property
+    def stop(self) -> int:
+        """The token that ends an answer."""
+        end = self.tokenizer.eos_token_id
+        assert isinstance(end, int)  # load_tokenizer refuses a tokenizer without one
+        return end
+
     def inputs(self, prompts: Sequence[Prompt]) -> Inputs:
         """The prompts as one batch."""
         examples = []
@@ -66,8 +73,7 @@ class Asker:
             limit = order[0].max_new_tokens
             chosen = [prompt for prompt in order[: self.batch] if prompt.max_new_tokens == limit]
             order = order[len(chosen) :]
-            stop = self.tokenizer.eos_token_id
-            tokens = generate(self.model, self.inputs(chosen), max_new_tokens=limit, stop=stop)
+            tokens = generate(self.model, self.inputs(chosen), max_new_tokens=limit, stop=self.stop)
             texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
             answers |= dict(zip(chosen, (text.strip() for text in texts), strict=True))
             tick(len(chosen))

@@ -46,13 +46,12 @@ class Bench:
     def different(self) -> int:
         return len(set(self.prompts))
 
-    def run(self, tick: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Metrics and protocol cards by metric name."""
+    def answer(self, tick: Any) -> dict[str, str]:
+        """The answers of the model as it is now, by question id."""
         answers = self.ask(self.prompts, tick)
-        by_id = {q.id: answers[prompt] for q, prompt in zip(self.questions, self.prompts, strict=True)}
-        return self._named(self.benchmark.score(by_id)), self._named(self.benchmark.protocol())
+        return {q.id: answers[prompt] for q, prompt in zip(self.questions, self.prompts, strict=True)}
 
-    def _named(self, values: Mapping[str, Any]) -> dict[str, Any]:
+    def named(self, values: Mapping[str, Any]) -> dict[str, Any]:
         return {f"{self.label}_{suffix}" if suffix else self.label: value for suffix, value in values.items()}
 
 
@@ -74,9 +73,13 @@ def evaluate(recipe: Recipe, model: VisionLanguageModel, tokenizer: PreTrainedTo
         progress.update(done)
 
     results = []
+    plain: dict[str, dict[str, str]] = {}  # the answers without any method, which the others are paired with
     for row in rows:
         with attach(model, program_of(model, row)):
-            results.append(_evaluate_row(row, model, benches, tick))
+            result, answers = _evaluate_row(row, model, benches, plain, tick)
+        results.append(result)
+        if row.prune is None and not row.mitigate:
+            plain = plain or answers
     facts = {
         "name": recipe.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -92,24 +95,32 @@ def evaluate(recipe: Recipe, model: VisionLanguageModel, tokenizer: PreTrainedTo
     return path
 
 
-def _evaluate_row(row: Comparison, model: VisionLanguageModel, benches: list[Bench], tick: Any) -> dict[str, Any]:
+def _evaluate_row(
+    row: Comparison, model: VisionLanguageModel, benches: list[Bench], plain: dict[str, dict[str, str]], tick: Any
+) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
+    """The entry of one row in evaluation.json, and its answers by benchmark and question."""
     begun = time.perf_counter()
-    metrics: dict[str, Any] = {}
-    protocol: dict[str, Any] = {}
-    for bench in benches:
-        values, cards = bench.run(tick)
-        metrics |= values
-        protocol |= cards
-    seconds = time.perf_counter() - begun
-    mitigate = [method.record() for method in row.mitigate]
-    cost = {"seconds": seconds}
+    answers = {bench.label: bench.answer(tick) for bench in benches}
+    cost: dict[str, Any] = {"seconds": time.perf_counter() - begun}
     if benches:
         cost |= prompt_cost(model, benches[0].ask.inputs(benches[0].prompts[: benches[0].ask.batch]))
-    return {
+    metrics: dict[str, Any] = {}
+    protocol: dict[str, Any] = {}
+    change: dict[str, Any] = {}
+    for bench in benches:
+        given = answers[bench.label]
+        metrics |= bench.named(bench.benchmark.score(given))
+        protocol |= bench.named(bench.benchmark.protocol())
+        if plain:
+            change |= bench.named(bench.benchmark.compare(plain[bench.label], given))
+    mitigate = [method.record() for method in row.mitigate]
+    result = {
         "label": row.title,
         "prune": row.prune.record() if row.prune else None,
         "mitigate": (mitigate[0] if len(mitigate) == 1 else mitigate) or None,
         "metrics": metrics,
         "cost": cost,
+        "change": change,
         "protocol": {name: {**card, "decoding": "greedy"} for name, card in protocol.items()},
     }
+    return result, answers

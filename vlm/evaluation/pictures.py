@@ -77,8 +77,7 @@ def _view(
     grid = model.visual_grid
     gaze = Gaze(len(prompts), grid)
     with attach(model, program + gaze.taps(model.decoder_facts.layers)):
-        stop = asker.tokenizer.eos_token_id
-        tokens = generate(model, inputs, max_new_tokens=prompts[0].max_new_tokens, stop=stop)
+        tokens = generate(model, inputs, max_new_tokens=prompts[0].max_new_tokens, stop=asker.stop)
         layout = open_streams(model, inputs)[1]["main"].run.last
     answers = [text.strip() for text in asker.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
     cut = int(layout.visual.sum()) < len(prompts) * model.visual_tokens

@@ -13,7 +13,7 @@ from vlm.data.stream import MicroBatch, step_ids
 from vlm.progress import Progress
 from vlm.training.datamodule import StageData, gather
 from vlm.training.errors import TrainingError
-from vlm.training.module import TrainingModule
+from vlm.training.loss import Loss
 
 
 def keep_lines_before(path: Path, stage: int, step: int) -> None:
@@ -68,19 +68,19 @@ class Watch(Callback):
         self.waited += time.perf_counter() - self.ended
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: TrainingModule, outputs: Any, batch: MicroBatch, batch_idx: int
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: MicroBatch, batch_idx: int
     ) -> None:
-        assert pl_module.last is not None
-        value = float(pl_module.last.value.detach())
+        last: Loss = pl_module.last
+        value = float(last.value.detach())
         if value != value or value in (float("inf"), float("-inf")):
             keys = ", ".join(batch.batch.keys[:8])
             raise TrainingError(f"stage {self.name}, step {batch.step}: the loss is {value}; samples: {keys}")
         self.loss += value
-        self.weight += float(pl_module.last.weight.detach())
+        self.weight += float(last.weight.detach())
         self.tokens += int(batch.batch.length.sum())
         self.samples += len(batch.ids)
         self.count += 1
-        for key, log in pl_module.last.logs.items():
+        for key, log in last.logs.items():
             self.logs[key] = self.logs.get(key, 0.0) + float(log)
         done = batch.step + 1
         if batch.last_in_window and (done % self.every == 0 or done == self.steps):
@@ -158,7 +158,7 @@ class Save(Callback):
         path = self.folder / f"stage{self.stage}-{self.name}-step{done:08d}.ckpt"
         fresh = path.with_suffix(".partial")
         try:
-            trainer.save_checkpoint(fresh, weights_only=False)
+            trainer.save_checkpoint(fresh)
             if trainer.is_global_zero:
                 fresh.replace(path)
         except OSError as error:
