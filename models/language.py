@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from vlm.models.errors import ModelError
@@ -41,6 +42,6 @@ def build_language(config: Mapping[str, Any], vocabulary: int) -> PreTrainedMode
     try:
         built = AutoConfig.for_model(kind, **{"vocab_size": vocabulary, **options})
         return AutoModelForCausalLM.from_config(built, attn_implementation="sdpa")
-    except (ValueError, TypeError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
         raise ModelError(f"model.language.config: cannot build {kind!r}: {reason}") from None

@@ -29,7 +29,8 @@ class Timm(TimmEncoder):
             raise ModelError(f"model.vision: timm has no model {name!r}; similar: {', '.join(near) or 'none'}")
         own = timm.get_pretrained_cfg(name) or timm.get_pretrained_cfg(name.split(".")[0])
         native = own.input_size[-1] if own else 224
-        sized: dict[str, Any] = {"img_size": image} if image and image != native else {}
+        fixed = own is None or own.fixed_input_size  # a convolutional model takes any size and no such argument
+        sized: dict[str, Any] = {"img_size": image} if image and image != native and fixed else {}
         model = timm.create_model(name, pretrained=pretrained, num_classes=0, **sized)
         config = resolve_model_data_config(model)
         spec = ImageSpec(image or native, tuple(config["mean"]), tuple(config["std"]), config["interpolation"])
