@@ -12,7 +12,7 @@ import vlm
 from vlm.recipe.errors import RecipeError, nearest
 from vlm.recipe.schema import Recipe
 from vlm.recipe.shorthand import normalise
-from vlm.recipe.tree import Text, Tree, assign, merge, parse, place_of, stamp
+from vlm.recipe.tree import Text, Tree, assign, first_place, merge, parse, place_of, stamp
 from vlm.recipe.units import found
 
 _MAX_BYTES = 1_000_000
@@ -92,7 +92,8 @@ def _read(file: Path, children: tuple[Path, ...]) -> dict[str, Any]:
 
 def _extend(tree: dict[str, Any], extends: Tree, file: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(extends, Text):
-        raise RecipeError(f"{_show(file)}: extends must name one parent, found {found(extends)}")
+        place = first_place(extends) or _show(file)
+        raise RecipeError(f"{place}: extends must name one parent, found {found(extends)}")
     parent = _find(extends, file.parent, f"{extends.where}: extends")
     lineage = (*children, file.resolve())
     if parent.resolve() in lineage:
@@ -166,6 +167,7 @@ _MUST_BE = {
     "list_type": "a list",
     "tuple_type": "a list",
 }
+_BOUNDS = {"greater_than_equal": "at least {ge:g}", "greater_than": "above {gt:g}", "less_than": "below {lt:g}"}
 
 
 def _complaint(detail: ErrorDetails, context: Mapping[str, Any]) -> str:
@@ -179,6 +181,8 @@ def _complaint(detail: ErrorDetails, context: Mapping[str, Any]) -> str:
         return "is missing"
     if kind in _MUST_BE:
         return f"must be {_MUST_BE[kind]}, found {found(value)}"
+    if kind in _BOUNDS:
+        return f"must be {_BOUNDS[kind].format(**context)}, found {value}"
     if kind == "literal_error":
         choices = [choice.strip("' ") for choice in context["expected"].replace(" or ", ",").split(",")]
         expected = context["expected"]

@@ -194,8 +194,7 @@ class _Dumper(yaml.SafeDumper):
     """Writes a Text as it was read, plain or quoted, and quotes other text that would be read as something else."""
 
     def text(self, data: str) -> yaml.ScalarNode:
-        quoted = data.quoted if isinstance(data, Text) else not data or data in ("null", "~") or natural(data) != data
-        if quoted:
+        if data.quoted if isinstance(data, Text) else _needs_quotes(data):
             return self.represent_scalar("tag:yaml.org,2002:str", str(data), style='"')
         return self.represent_scalar(self.resolve(yaml.ScalarNode, str(data), (True, False)), str(data))
 
@@ -205,6 +204,10 @@ class _Dumper(yaml.SafeDumper):
 
 for _kind in (str, Text):
     _Dumper.add_representer(_kind, _Dumper.text)
+
+
+def _needs_quotes(text: str) -> bool:
+    return text in ("", "null", "~") or natural(text) != text or not text.isprintable()
 
 
 def dump(tree: Tree) -> str:
