@@ -32,7 +32,7 @@ overflow-wrap:anywhere}
 .tokens span{padding:.15em .1em;border-radius:4px;box-shadow:inset 0 0 0 1px var(--line);margin-right:2px;
 white-space:pre-wrap}
 .learn{background:var(--learn)}
-.chip{background:var(--chip);color:#fff;border-radius:999px!important;padding:.15em .6em!important}
+.chip{background:var(--chip);color:#fff;border-radius:999px!important;padding:.15em .6em!important;margin-right:.3em}
 """
 
 

@@ -131,6 +131,13 @@ def test_text_is_encoded_as_the_tokenizer_would_encode_the_whole():
     assert sum(weight > 0 for weight in example.weights) == 2
 
 
+def test_a_token_across_the_border_is_learned():
+    encode = ChatEncoder(merging(), Template("tight", user_suffix=""), 0, ImageTransform((4, 4)))
+    example = encode(chat(user("Q "), assistant("yes")), DRAW)
+    assert [view.text for view in encode.view(example)] == ["<s>", "Q", " yes", "</s>"]
+    assert example.weights == [0, 0, 1, 1]
+
+
 @pytest.mark.parametrize("template", list(TEMPLATES))
 @pytest.mark.parametrize("tokenizer", [bytewise, merging])
 def test_a_prompt_is_the_beginning_of_the_training_tokens(template: str, tokenizer: Callable):

@@ -1,6 +1,7 @@
 """The stream: one order for every layout, exact resume, whole windows, and bad samples that leave no hole."""
 
 import functools
+import itertools
 import json
 import logging
 from pathlib import Path
@@ -242,6 +243,16 @@ def test_too_many_in_a_row_stop_the_run(stores, workers: int):
         DataError, match=r"bad samples: expected at most 5 in a row, found (\w+, ){5}\w+; the last: sample"
     ):
         list(reader)
+
+
+def test_a_good_sample_ends_a_row(stores):
+    order = Order([len(store) for store in stores], [2, 1], SEED)
+    bad = [order.at(position).source == 1 for position in range(GLOBAL * STEPS)]
+    longest = max(len(list(run)) for is_bad, run in itertools.groupby(bad) if is_bad)
+    assert 1 < longest < sum(bad)
+    list(stream(stores, prepare=unreadable, tolerance=BadSamplePolicy(longest, 1.0, 0)))
+    with pytest.raises(DataError, match=f"expected at most {longest - 1} in a row"):
+        list(stream(stores, prepare=unreadable, tolerance=BadSamplePolicy(longest - 1, 1.0, 0)))
 
 
 def test_too_large_a_fraction_stops_the_run(stores):
