@@ -152,11 +152,13 @@ class ChatEncoder:
 
     def view(self, example: Example) -> list[TokenView]:
         """The example token by token, for people."""
-        names = self.tokenizer.convert_ids_to_tokens(example.tokens)
-        return [
-            TokenView(token, str(name), str(self.tokenizer.decode([token])), weight, token == self.image_id)
-            for token, name, weight in zip(example.tokens, names, example.weights, strict=True)
-        ]
+        return [self._seen(token, weight) for token, weight in zip(example.tokens, example.weights, strict=True)]
+
+    def _seen(self, token: int, weight: float) -> TokenView:
+        if token == self.image_id:  # no token of the vocabulary has to stand for it
+            return TokenView(token, "<image>", "", weight, True)
+        name = str(self.tokenizer.convert_ids_to_tokens(token))
+        return TokenView(token, name, str(self.tokenizer.decode([token])), weight, False)
 
     def _fit(self, sample: Sample, with_images: bool) -> tuple[list[int], list[float], list[int]]:
         """The longest run of whole exchanges that fits: tokens, weights, and the media shown."""

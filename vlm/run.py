@@ -14,7 +14,7 @@ from vlm.recipe import Recipe
 from vlm.report import write_report
 from vlm.report.findings import find
 from vlm.report.read import read_run
-from vlm.report.records import Chair, Evaluation, YesNo
+from vlm.report.records import Chair, Evaluation, Other, YesNo
 from vlm.training.train import is_first_rank, train, trained_weights
 
 PARTS = ("data", "train", "evaluate", "report")
@@ -79,8 +79,8 @@ def _rows(evaluation: Evaluation) -> list[list[str]]:
     return rows
 
 
-def _cell(scores: YesNo | Chair | None) -> str:
+def _cell(scores: YesNo | Chair | Other | None) -> str:
     if isinstance(scores, Chair):
         length = "" if scores.length is None else f" ({scores.length:.0f} words)"
         return f"Cs {100 * scores.chair_s:.1f}{length}"
-    return "" if scores is None else f"{100 * scores.accuracy:.1f}"
+    return f"{100 * scores.accuracy:.1f}" if isinstance(scores, YesNo) else ""

@@ -31,8 +31,10 @@ from vlm.training.errors import TrainingError
 from vlm.training.module import TrainingModule
 
 # Lightning advertises and counts devices at every fit; what a user needs to see is in our own progress and audit.
-logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+for _library in ("lightning.pytorch", "lightning.fabric"):
+    logging.getLogger(_library).setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", message="Found .* module.* in eval mode", module="lightning")
+warnings.filterwarnings("ignore", message="You're resuming from a checkpoint", module="lightning")  # data state is ours
 warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec", module="lightning")
 
 PACKAGES = ("torch", "transformers", "lightning", "timm", "webdataset", "vlm-recipes")

@@ -1,0 +1,63 @@
+"""Every shipped recipe is planned; a shrunk copy of it trains, resumes, evaluates and reports."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vlm.commands import main
+from vlm.recipe import load_recipe
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
+
+
+def shrunk(path: Path) -> list[str]:
+    """Overrides that leave every part of the recipe in place but make each as small as can be."""
+    recipe = load_recipe(path)
+    small = ["data.make.train=150", "data.make.test=12", "run.global_batch=6", "run.trace_samples=true"]
+    small += ["run.save.every=2", "run.log_every=2", "evaluate.batch=16", "evaluate.pictures=2"]
+    for number, stage in enumerate(recipe.stages):
+        small += [f"stages.{number}.steps=4", f"stages.{number}.schedule.warmup=1"]
+        small += [f"stages.{number}.global_batch=6"] if stage.global_batch else []
+    small += [f"evaluate.benchmarks.{label}.limit=6" for label in recipe.evaluate.benchmarks]
+    return small
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_planned(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", str(path), *shrunk(path)]) == 0
+    assert "Stage" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())  # planning writes nothing
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_shrunk_copy_trains_resumes_evaluates_and_reports(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = shrunk(path)
+    recipe = load_recipe(path, small)
+    run = Path(recipe.run.dir)
+    stages = len(recipe.stages)
+    assert main(["train", str(path), *small]) == 0
+    consumed = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert [(entry["stage"], entry["step"]) for entry in consumed] == [(s, t) for s in range(stages) for t in range(4)]
+
+    newest = max((run / "checkpoints").glob("*.ckpt"))
+    newest.unlink()  # as if the run had been killed between its last two checkpoints
+    assert main(["run", str(path), *small]) == 0
+    again = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert again == consumed
+    assert newest.exists()
+
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    assert len(evaluation["results"]) == max(1, len(recipe.evaluate.compare))
+    for result in evaluation["results"]:
+        for label in recipe.evaluate.benchmarks:
+            assert any(name.startswith(label) for name in result["metrics"])
+        for name, metric in result["metrics"].items():
+            assert metric["n"] >= 6 and 0 <= metric["ci"][0] <= metric["ci"][1] <= 1
+            assert {"prompt", "decoding", "files", "n"} <= set(result["protocol"][name])
+    assert (run / "report.html").stat().st_size > 10_000
+    out = capsys.readouterr().out
+    assert "plain" in out and "report.html" in out

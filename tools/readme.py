@@ -1,0 +1,77 @@
+"""Writes the generated parts of README.md: the table of methods and the results of the Scenes run.
+
+    python tools/readme.py                       the table of methods
+    python tools/readme.py runs/scenes           and the results of that run's evaluation.json
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from vlm.create import FOLDERS, describe
+
+README = Path(__file__).parent.parent / "README.md"
+KINDS = {
+    "vision": "encoder",
+    "connector": "connector",
+    "prune": "pruner",
+    "mitigate": "mitigator",
+    "objective": "objective",
+    "benchmark": "benchmark",
+    "make": "data maker",
+}
+
+
+def methods_table() -> str:
+    """Every method that a recipe can name, as Markdown."""
+    rows = ["| kind | name | what | source | verified |", "|---|---|---|---|---|"]
+    for kind in FOLDERS:
+        for entry in describe(kind):
+            cells = (KINDS[kind], f"`{entry['name']}`", entry["summary"], entry["source"], entry["verified"])
+            rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows)
+
+
+def results_table(evaluation: dict[str, Any]) -> str:
+    """The main numbers of an evaluation, as Markdown; rates in percent."""
+    rows = [
+        "| | POPE random | popular | adversarial | CHAIRs | recall | words | CHAIRs counterfactual | FLOPs |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    plain = evaluation["results"][0]["cost"]["llm_flops_per_prompt"]
+    for result in evaluation["results"]:
+        metrics = result["metrics"]
+        chair, other = metrics["chair"], metrics["chair_counterfactual"]
+        pope = [f"{100 * metrics[f'pope_{split}']['accuracy']:.1f}" for split in ("random", "popular", "adversarial")]
+        cells = [result["label"], *pope, _with_interval(chair), f"{100 * chair['recall']:.1f}", f"{chair['length']:.1f}"]
+        rows.append("| " + " | ".join([*cells, _with_interval(other), _share(result, plain)]) + " |")
+    return "\n".join(rows)
+
+
+def _with_interval(chair: dict[str, Any]) -> str:
+    low, high = chair["ci"]
+    return f"{100 * chair['chair_s']:.1f} ({100 * low:.0f} to {100 * high:.0f})"
+
+
+def _share(result: dict[str, Any], plain: float) -> str:
+    return f"{result['cost']['llm_flops_per_prompt'] / plain:.2f}"
+
+
+def replace_part(page: str, start: str, end: str, content: str) -> str:
+    """``page`` with what lies between the comments that begin with ``start`` and ``end`` replaced."""
+    head, rest = page.split(f"<!-- {start}", 1)
+    opening, rest = rest.split("-->\n", 1)
+    return f"{head}<!-- {start}{opening}-->\n{content}\n<!-- {end} -->{rest.split(f'<!-- {end} -->', 1)[1]}"
+
+
+def main(arguments: list[str]) -> None:
+    page = replace_part(README.read_text(), "methods", "end of methods", methods_table())
+    if arguments:
+        evaluation = json.loads((Path(arguments[0]) / "evaluation.json").read_text())
+        page = replace_part(page, "results", "end of results", results_table(evaluation))
+    README.write_text(page)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
