@@ -156,7 +156,7 @@ class ChatEncoder:
 
     def _seen(self, token: int, weight: float) -> TokenView:
         if token == self.image_id:  # no token of the vocabulary has to stand for it
-            return TokenView(token, "<image>", "", weight, True)
+            return TokenView(token, "<image>", "<image>", weight, True)
         name = str(self.tokenizer.convert_ids_to_tokens(token))
         return TokenView(token, name, str(self.tokenizer.decode([token])), weight, False)
 

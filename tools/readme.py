@@ -44,7 +44,8 @@ def results_table(evaluation: dict[str, Any]) -> str:
         metrics = result["metrics"]
         chair, other = metrics["chair"], metrics["chair_counterfactual"]
         pope = [f"{100 * metrics[f'pope_{split}']['accuracy']:.1f}" for split in ("random", "popular", "adversarial")]
-        cells = [result["label"], *pope, _with_interval(chair), f"{100 * chair['recall']:.1f}", f"{chair['length']:.1f}"]
+        rest = [f"{100 * chair['recall']:.1f}", f"{chair['length']:.1f}"]
+        cells = [result["label"], *pope, _with_interval(chair), *rest]
         rows.append("| " + " | ".join([*cells, _with_interval(other), _share(result, plain)]) + " |")
     return "\n".join(rows)
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from vlm.data.batch import Batch
 from vlm.data.errors import DataError
@@ -45,11 +46,23 @@ class TagsLoss(nn.Module):
         self.prior = prior
 
     def forward(self, model: VisionLanguageModel, batch: Batch) -> Loss:
-        logits = self.head(model.vision(batch.images).tokens)  # [N,P,tags]
-        pooled = logits.float().logsumexp(1) - self.prior  # [N,tags]
+        if not len(batch.images):
+            return self._without_images(model)
+        pooled = self._pooled(model, batch.images)
         truth = torch.zeros_like(pooled)
         for image, row in enumerate(batch.image_owner.tolist()):
             truth[image, [self.place[tag] for tag in batch.tags[row]]] = 1.0
         each = nn.functional.binary_cross_entropy_with_logits(pooled, truth, reduction="none").mean(1)  # [N]
         right = ((pooled > 0) == (truth > 0)).float().mean()
         return Loss(each.sum(), each.new_tensor(float(len(each))), {"tag_accuracy": right.detach()})
+
+    def _pooled(
+        self, model: VisionLanguageModel, images: Float[Tensor, "images 3 height width"]
+    ) -> Float[Tensor, "images tags"]:
+        return self.head(model.vision(images).tokens).float().logsumexp(1) - self.prior
+
+    def _without_images(self, model: VisionLanguageModel) -> Loss:
+        """A blank image times zero: another rank may wait to reduce the gradients of these parameters."""
+        size, zero = model.vision.image.size, self.head.weight.new_zeros((), dtype=torch.float32)
+        blank = self.head.weight.new_zeros(1, 3, size, size)
+        return Loss(self._pooled(model, blank).sum() * 0.0, zero, {})

@@ -3,7 +3,8 @@
 import json
 import shutil
 import time
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,12 @@ def append_line(path: Path, entry: dict[str, Any]) -> None:
 
 
 class Watch(Callback):
-    """metrics.jsonl, the progress line, and the stop at a loss that is not finite.
+    """metrics.jsonl and the progress line.
 
-    data_wait_s is the time per step that training stood waiting for its batch; samples_per_s and tokens_per_s
-    count what all ranks consumed (tokens: text tokens and placeholders, without padding).
+    Every number is of all ranks together since the line before: the loss per token or sample that it is averaged
+    over, ``lr`` as the last step used it, samples and tokens per second (tokens: text and placeholders, without
+    padding), and how many samples were skipped where some were. data_wait_s is the time per step that the first
+    rank stood waiting for its batch.
     """
 
     def __init__(self, stage: int, name: str, steps: int, path: Path, every: int, progress: Progress) -> None:
@@ -60,56 +63,62 @@ class Watch(Callback):
 
     def _reset(self) -> None:
         self.since = time.perf_counter()
-        self.loss = self.weight = self.waited = 0.0
-        self.count = self.tokens = self.samples = 0
-        self.logs: dict[str, float] = {}
+        self.waited, self.windows = 0.0, 0
+        self.sums: dict[str, float] = defaultdict(float)
+        self.logs: dict[str, float] = defaultdict(float)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: MicroBatch, batch_idx: int) -> None:
         self.waited += time.perf_counter() - self.ended
+        # Here, because after the step the scheduler has moved on.
+        self.lr = {group["name"]: group["lr"] for group in trainer.optimizers[0].param_groups}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: MicroBatch, batch_idx: int
     ) -> None:
         last: Loss = pl_module.last
-        value = float(last.value.detach())
-        if value != value or value in (float("inf"), float("-inf")):
-            keys = ", ".join(batch.batch.keys[:8])
-            raise TrainingError(f"stage {self.name}, step {batch.step}: the loss is {value}; samples: {keys}")
-        self.loss += value
-        self.weight += float(last.weight.detach())
-        self.tokens += int(batch.batch.length.sum())
-        self.samples += len(batch.ids)
-        self.count += 1
+        weight = float(last.weight)
+        self.sums["loss"] += float(last.value.detach())
+        self.sums["weight"] += weight
+        self.sums["tokens"] += int(batch.batch.length.sum())
+        self.sums["samples"] += len(batch.ids)
+        self.sums["skipped"] += len(batch.skipped)
         for key, log in last.logs.items():
-            self.logs[key] = self.logs.get(key, 0.0) + float(log)
-        done = batch.step + 1
-        if batch.last_in_window and (done % self.every == 0 or done == self.steps):
-            self._write(trainer, batch.step)
+            self.logs[key] += weight * float(log)
         if batch.last_in_window:
+            self.windows += 1
+            done = batch.step + 1
+            if done % self.every == 0 or done == self.steps:
+                self._write(trainer, batch.step)
             self.progress.update(done, **self.shown)
         self.ended = time.perf_counter()
 
     def _write(self, trainer: Trainer, step: int) -> None:
-        seconds = time.perf_counter() - self.since
-        steps = self.count / trainer.accumulate_grad_batches
-        world = trainer.world_size
+        ranks = gather((dict(self.sums), dict(self.logs)))
+        sums, logs = (add(of_each) for of_each in zip(*ranks, strict=True))
+        seconds, weight = time.perf_counter() - self.since, sums["weight"] or 1.0
         entry: dict[str, Any] = {
             "stage": self.stage,
             "name": self.name,
             "step": step,
             "steps": self.steps,
-            "loss": self.loss / self.weight if self.weight else 0.0,
-            "lr": {group["name"]: group["lr"] for group in trainer.optimizers[0].param_groups},
-            "samples_per_s": self.samples * world / seconds,
-            "tokens_per_s": self.tokens * world / seconds,
-            "data_wait_s": self.waited / steps,
+            "loss": sums["loss"] / weight,
+            "lr": self.lr,
+            "samples_per_s": sums["samples"] / seconds,
+            "tokens_per_s": sums["tokens"] / seconds,
+            "data_wait_s": self.waited / self.windows,
             "seconds": time.perf_counter() - self.begun,
-            **{key: total / self.count for key, total in self.logs.items()},
+            **({"skipped": int(sums["skipped"])} if sums["skipped"] else {}),
+            **{key: total / weight for key, total in logs.items()},
         }
         if trainer.is_global_zero:
             append_line(self.path, entry)
-        self.shown = {"loss": entry["loss"]} | {key: entry[key] for key in self.logs}
+        self.shown = {"loss": entry["loss"]} | {key: entry[key] for key in logs}
         self._reset()
+
+
+def add(tables: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The sum of each key over all tables that have it."""
+    return {key: sum(table.get(key, 0.0) for table in tables) for key in sorted({k for table in tables for k in table})}
 
 
 class Trace(Callback):

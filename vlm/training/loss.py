@@ -11,7 +11,7 @@ from vlm.models.vision_language import Inputs, VisionLanguageModel
 
 
 class Loss(NamedTuple):
-    """value: the sum over what is supervised; weight: its total weight; logs: scalars to show."""
+    """value: the sum over what is supervised; weight: its total weight; logs: scalars to show, means over it."""
 
     value: Float[Tensor, ""]
     weight: Float[Tensor, ""]

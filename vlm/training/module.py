@@ -14,6 +14,8 @@ from vlm.models.program.attach import attach
 from vlm.models.program.budget import Budget
 from vlm.models.vision_language import VisionLanguageModel
 from vlm.recipe.schema import KeepSchedule, Schedule, Stage
+from vlm.training.datamodule import gather
+from vlm.training.errors import TrainingError
 from vlm.training.loss import Loss
 
 PARTS = ("vision", "connector", "language")
@@ -52,7 +54,8 @@ class TrainingModule(LightningModule):
         self.pruner, self.mitigators, self.keep_schedule = pruner, mitigators, keep_schedule
         self.note = note or {}
         self.last: Loss | None = None  # of the micro-batch just done, for callbacks
-        self.window_weight = 0.0
+        self.step, self.window_weight = 0, 0.0
+        self.window: list[tuple[Tensor, list[str]]] = []  # loss and sample keys since the last optimizer step
         self._attached = ExitStack()
         self._methods: tuple[Any, ...] = ()
         for part in PARTS:
@@ -64,9 +67,28 @@ class TrainingModule(LightningModule):
             self.window_weight = self._total_weight(micro)
         loss = self.objective(self.model, micro.batch)
         self.last = loss
+        self.window.append((loss.value.detach(), micro.batch.keys))
+        self.step = micro.step
         # Lightning divides by the accumulation and DDP by the number of ranks; the window's weight is global.
         scale = accumulate * self.trainer.world_size / self.window_weight if self.window_weight else 0.0
-        return loss.value * scale
+        # An infinite loss may have finite gradients; NaN ones tell every rank.
+        return loss.value * torch.where(loss.value.detach().isfinite(), scale, torch.nan)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Stop at a gradient that is not finite, on all ranks at once and before it spoils the weights."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        window, self.window = self.window, []
+        if norm.isfinite():
+            return
+        broken = gather([key for loss, keys in window if not loss.isfinite() for key in keys])
+        what = "loss" if any(broken) else "gradient"
+        parts = broken if any(broken) else gather([key for _, keys in window for key in keys])
+        keys = [key for part in parts for key in part]
+        more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
+        raise TrainingError(
+            f"stage {self.stage.name}, step {self.step}: expected a finite {what}, found one that is not;"
+            f" samples: {', '.join(keys[:8])}{more}"
+        )
 
     def _total_weight(self, micro: MicroBatch) -> float:
         """The weight of the whole global batch, over its micro-batches and all ranks."""

@@ -19,9 +19,8 @@ from vlm.models.splice import IMAGE_TOKEN
 from vlm.models.vision_language import VisionLanguageModel
 from vlm.objectives.tags import TagsLoss
 from vlm.recipe import load_recipe
-from vlm.recipe.schema import Recipe, Schedule
+from vlm.recipe.schema import Recipe
 from vlm.training import train as training
-from vlm.training.module import TrainingModule, rate
 
 # One step of everything, so that every parameter has a gradient; a quarter of the samples come without their image.
 CHAT = (
@@ -136,7 +135,6 @@ def assert_equal(found: Gradients, expected: Gradients) -> None:
             torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.slow
 def test_the_gradient_of_chat_is_that_of_the_global_batch_in_every_layout(measure: Measure, recipe: Path) -> None:
     loaded = load_recipe(recipe, [CHAT])
     examples = first_batch(loaded)[1]
@@ -149,7 +147,6 @@ def test_the_gradient_of_chat_is_that_of_the_global_batch_in_every_layout(measur
         assert_equal(measure(world, micro, CHAT), expected)
 
 
-@pytest.mark.slow
 def test_the_gradient_of_tags_is_that_of_the_global_batch_in_every_layout(measure: Measure, recipe: Path) -> None:
     loaded = load_recipe(recipe, [TAGS])
     expected = tags_by_hand(loaded)
@@ -177,7 +174,6 @@ def tags_by_hand(recipe: Recipe) -> Gradients:
     }
 
 
-@pytest.mark.slow
 def test_tags_take_batches_without_an_image_on_any_rank(measure: Measure, recipe: Path) -> None:
     expected = tags_by_hand(load_recipe(recipe, [TAGS_DROPPED]))
     for world, micro in ((1, 8), (1, 1), (2, 1)):
