@@ -67,13 +67,14 @@ def max_min_order(
     distance = 1 - unit @ unit.transpose(1, 2)  # [S,P,P]
     same = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
     nearest = distance.masked_fill(same | ~valid[:, None, :], float("inf")).amin(2)  # to another token
+    nearest = nearest.masked_fill(~valid, float("-inf"))
     order = []
     for step in range(picks):
-        pick = nearest.masked_fill(~valid, float("-inf")).argmax(1, keepdim=True)  # [S,1]
+        pick = nearest.argmax(1, keepdim=True)  # [S,1]
         order.append(pick)
         to_pick = distance.gather(2, pick[:, None, :].expand(-1, x.shape[1], -1)).squeeze(2)  # [S,P]
-        nearest = to_pick if step == 0 else nearest.minimum(to_pick)
-        nearest = nearest.scatter(1, torch.cat(order, 1), float("-inf"))  # never pick a token twice
+        nearest = to_pick.masked_fill(~valid, float("-inf")) if step == 0 else nearest.minimum(to_pick)
+        nearest = nearest.scatter(1, pick, float("-inf"))  # and so it stays: never pick a token twice
     return torch.cat(order, 1)
 
 
