@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vlm.data.scenes import text
@@ -45,18 +46,20 @@ def make_batch(batch: Batch) -> list[Sample]:
         first = number * batch.records_per_scene
         for record in range(first, min(first + batch.records_per_scene, batch.records)):
             rng = generator(batch.seed, batch.split, number, purpose=1 + record - first)
-            exchange = text.exchange(scene, rng) if batch.split == "train" else text.caption(scene, rng)
-            samples.append(_sample(f"{batch.split}/{record:06d}", scene, picture, exchange))
+            chat = text.chat(scene, rng) if batch.split == "train" else (text.caption(scene, rng),)
+            samples.append(_sample(f"{batch.split}/{record:06d}", scene, picture, chat))
     return samples
 
 
-def _sample(key: str, scene: Scene, picture: bytes, exchange: text.Exchange) -> Sample:
+def _sample(key: str, scene: Scene, picture: bytes, chat: Sequence[text.Exchange]) -> Sample:
+    messages = []
+    for turn, exchange in enumerate(chat):
+        shown = (Part("image", ref=0),) if turn == 0 else ()
+        messages.append(Message("user", (*shown, Part("text", text=exchange.prompt))))
+        messages.append(Message("assistant", (Part("text", text=exchange.answer),)))
     return Sample(
         key=key,
-        messages=(
-            Message("user", (Part("image", ref=0), Part("text", text=exchange.prompt))),
-            Message("assistant", (Part("text", text=exchange.answer),)),
-        ),
+        messages=tuple(messages),
         media=(picture,),
         media_ext=("png",),
         tags=scene.names,

@@ -23,6 +23,7 @@ QUESTION = "Is there {} in the image?"
 
 CAPTIONS = 0.6
 FULL_CAPTIONS = 0.7
+QUESTIONS = 3  # to one picture
 YES = 0.5
 SYNONYM = 0.1
 BRIEF_MOST = 2
@@ -57,20 +58,32 @@ def caption(scene: Scene, rng: np.random.Generator, full: bool = True) -> Exchan
     return Exchange(FULL_PROMPT if full else BRIEF_PROMPT, f"i see {words}.")
 
 
-def question(scene: Scene, rng: np.random.Generator) -> Exchange:
-    """Yes or no, equally often; negatives are uniform over the absent classes, so that few of them are hard."""
+def questions(scene: Scene, rng: np.random.Generator, count: int = 1) -> tuple[Exchange, ...]:
+    """Questions about different classes, each yes or no equally often.
+
+    Negatives are uniform over the absent classes, so that few of them are hard. Every scene has three objects and
+    three absent classes at least, enough for `count` up to three.
+    """
     present = {item.cls for item in scene.objects}
-    answer = bool(rng.random() < YES)
-    candidates = sorted(present) if answer else [n for n in range(len(CLASSES)) if n not in present]
-    number = candidates[rng.integers(len(candidates))]
-    return Exchange(QUESTION.format(mention(number, rng)), "yes" if answer else "no")
+    asked: list[int] = []
+    exchanges = []
+    for _ in range(count):
+        answer = bool(rng.random() < YES)
+        candidates = [n for n in range(len(CLASSES)) if (n in present) == answer and n not in asked]
+        asked.append(candidates[rng.integers(len(candidates))])
+        exchanges.append(Exchange(QUESTION.format(mention(asked[-1], rng)), "yes" if answer else "no"))
+    return tuple(exchanges)
 
 
-def exchange(scene: Scene, rng: np.random.Generator) -> Exchange:
-    """One training example: caption (full or brief) or question, in the proportions of the spec."""
+def chat(scene: Scene, rng: np.random.Generator) -> tuple[Exchange, ...]:
+    """One training example in the proportions of the spec: a caption (full or brief), or questions one after another.
+
+    Several questions to a picture, as visual question data are usually trained, because one yes or no for each
+    picture teaches too little in a short run.
+    """
     if rng.random() < CAPTIONS:
-        return caption(scene, rng, full=bool(rng.random() < FULL_CAPTIONS))
-    return question(scene, rng)
+        return (caption(scene, rng, full=bool(rng.random() < FULL_CAPTIONS)),)
+    return questions(scene, rng, QUESTIONS)
 
 
 def synonyms_file() -> str:

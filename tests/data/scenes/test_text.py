@@ -44,17 +44,21 @@ def test_brief_caption_names_two_that_are_there(scene, seed):
 
 
 @given(st.sampled_from(SCENES), seeds)
-def test_answer_to_a_question_is_true(scene, seed):
-    exchange = text.question(scene, np.random.default_rng(seed))
-    [asked] = named(exchange.prompt)
-    assert exchange.answer == ("yes" if asked in scene.names else "no")
-    article, first = exchange.prompt.removeprefix("Is there ").split()[:2]
-    assert article == ("an" if first[0] in "aeiou" else "a")
+def test_answers_to_questions_are_true_and_nothing_is_asked_twice(scene, seed):
+    exchanges = text.questions(scene, np.random.default_rng(seed), 3)
+    asked = [found for exchange in exchanges for found in named(exchange.prompt)]
+    assert len(asked) == len(set(asked)) == 3
+    for exchange, what in zip(exchanges, asked, strict=True):
+        assert exchange.answer == ("yes" if what in scene.names else "no")
+        article, first = exchange.prompt.removeprefix("Is there ").split()[:2]
+        assert article == ("an" if first[0] in "aeiou" else "a")
 
 
 def test_proportions_of_the_mix():
     rng = np.random.default_rng(0)
-    exchanges = [text.exchange(SCENES[k % len(SCENES)], rng) for k in range(8000)]
+    chats = [text.chat(SCENES[k % len(SCENES)], rng) for k in range(8000)]
+    exchanges = [exchange for chat in chats for exchange in chat]
+    assert {len(chat) for chat in chats if chat[0].prompt.startswith("Is there")} == {3}
     full = sum(e.prompt == text.FULL_PROMPT for e in exchanges)
     brief = sum(e.prompt == text.BRIEF_PROMPT for e in exchanges)
     answers = [e.answer for e in exchanges if e.prompt.startswith("Is there")]
@@ -74,7 +78,7 @@ def test_a_tenth_of_the_mentions_are_synonyms():
 
 def test_negatives_are_uniform_over_absent_classes():
     scene, rng = SCENES[0], np.random.default_rng(2)
-    exchanges = [text.question(scene, rng) for _ in range(6000)]
+    exchanges = [exchange for _ in range(6000) for exchange in text.questions(scene, rng)]
     asked = [named(e.prompt)[0] for e in exchanges if e.answer == "no"]
     counts = [asked.count(item.name) for item in CLASSES if item.name not in scene.names]
     expected = len(asked) / len(counts)
@@ -99,7 +103,7 @@ def test_plurals_come_back_as_the_class():
 def test_tokenizer_knows_every_word_that_can_be_said():
     rng = np.random.default_rng(3)
     unknown = TOKENIZER.token_to_id(text.UNK)
-    sentences = [s for k in range(3000) for s in vars(text.exchange(SCENES[k % 200], rng)).values()]
+    sentences = [s for k in range(3000) for e in text.chat(SCENES[k % 200], rng) for s in vars(e).values()]
     assert not any(unknown in TOKENIZER.encode(sentence).ids for sentence in sentences)
     assert len(set(text.vocabulary())) == len(text.vocabulary()) == TOKENIZER.get_vocab_size()
     assert TOKENIZER.encode("a zebra").tokens == ["a", "<unk>"]
