@@ -35,6 +35,19 @@ def point_of(path: Path) -> Checkpoint:
     return Checkpoint(path, int(match[1]), int(match[3]))
 
 
+def forget_after(point: Checkpoint, folder: Path) -> None:
+    """Remove what a run that goes on from ``point`` will write anew, and what a kill left half-written.
+
+    Checkpoints of later steps would pass for the newest ones, and those being written for old.
+    """
+    for path in folder.glob("*.ckpt"):
+        match = NAME.fullmatch(path.name)
+        if match and (int(match[1]), int(match[3])) > (point.stage, point.step):
+            path.unlink()
+    for path in folder.glob("*.partial"):
+        path.unlink()
+
+
 def read(path: Path) -> dict[str, Any]:
     """The content of a checkpoint: tensors and plain values only, no code is run. Raises TrainingError if broken."""
     try:

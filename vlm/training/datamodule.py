@@ -1,6 +1,6 @@
 """The Lightning data module: the slot-ordered stream of one stage, and its state on every rank.
 
-Lightning would save only rank 0's loader state and lose a batch at each resume (spec/frameworks.md 4.1). So the
+Lightning would save only rank 0's loader state and lose a batch at each resume. So the
 state travels with each micro-batch, the module of this file remembers that of the last one consumed, and a
 checkpoint holds the slots of all ranks.
 """

@@ -3,6 +3,7 @@
 import math
 from contextlib import ExitStack
 from dataclasses import replace
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ class TrainingModule(LightningModule):
         pruner, mitigators: methods whose program is attached while training.
         keep_schedule: how the pruner's budget comes down during training.
         note: plain values that go into every checkpoint (recipe, versions, data hashes).
+        seed: of dropout and whatever else is random in the model.
     """
 
     def __init__(
@@ -47,8 +49,10 @@ class TrainingModule(LightningModule):
         mitigators: tuple[Any, ...] = (),
         keep_schedule: KeepSchedule | None = None,
         note: dict[str, Any] | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
+        self.seed = seed
         self.model, self.objective, self.per = model, objective, per
         self.stage, self.steps, self.global_batch = stage, steps, global_batch
         self.pruner, self.mitigators, self.keep_schedule = pruner, mitigators, keep_schedule
@@ -118,6 +122,8 @@ class TrainingModule(LightningModule):
         self._train_only_trained_parts()
 
     def on_train_batch_start(self, batch: MicroBatch, batch_idx: int) -> None:
+        # From the place in the order alone, so that a resumed run draws what an uninterrupted one would.
+        torch.manual_seed(int.from_bytes(sha256(repr((self.seed, batch.step, batch.slots)).encode()).digest()[:7]))
         methods = self._methods_at(batch.step)
         if methods != self._methods:
             self.detach()
@@ -127,6 +133,14 @@ class TrainingModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint |= self.note
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Lightning counts micro-batches; those of the steps done are as many as this layout would have taken."""
+        done = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        # It saw the checkpoint before the end of its last batch: one is not completed.
+        counts = {"ready": done, "started": done, "processed": done, "completed": done - 1}
+        progress |= {"total": dict(counts), "current": dict(counts)}
 
     def detach(self) -> None:
         """Take the program off the model; whoever ran the fit calls it, however the fit ended."""

@@ -35,6 +35,8 @@ for _library in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(_library).setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", message="Found .* module.* in eval mode", module="lightning")
 warnings.filterwarnings("ignore", message="You're resuming from a checkpoint", module="lightning")  # data state is ours
+# It is: the data module keeps the stream's state.
+warnings.filterwarnings("ignore", message=".*your dataloader is not resumable", module="lightning")
 warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec", module="lightning")
 
 PACKAGES = ("torch", "transformers", "lightning", "timm", "webdataset", "vlm-recipes")
@@ -80,6 +82,8 @@ def train(recipe: Recipe, model: VisionLanguageModel, tokenizer: PreTrainedToken
         content = checkpoints.read(start.path)
         checkpoints.check_recipe(content, start.path, identity)
         checkpoints.load_weights(model, content, start.path)
+        if is_first_rank():
+            checkpoints.forget_after(start, folder)
     elif is_first_rank():
         _clear(Path(recipe.run.dir))
     for number, stage in enumerate(recipe.stages):
@@ -154,6 +158,7 @@ def _train_stage(
             "versions": versions(),
             "data": {name: manifest.hash for name, manifest in sources.manifests.items()},
         },
+        seed=recipe.seed + number,
     )
     tolerance = BadSamplePolicy(recipe.data.on_bad_sample.consecutive, recipe.data.on_bad_sample.skip)
     data = StageData(
