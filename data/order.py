@@ -1,7 +1,7 @@
 """Which sample comes at which position: a pure function of source sizes, weights, seed and kind of shuffle.
 
 Nothing is counted along the way, so any position can be asked for at once: that is what makes resuming instant and the
-order the same for every number of ranks and workers (spec/frameworks §4.3).
+order the same for every number of ranks and workers.
 
 * Mixture: positions are cut into blocks of `BLOCK`. In each block every source has the same share, its weight rounded
   by largest remainder; a permutation of the block says which position is whose.

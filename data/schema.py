@@ -1,4 +1,4 @@
-"""One sample of a shard: chat messages whose images are placed by reference ("chat sample v1", spec/frameworks §5.2).
+"""One sample of a shard: chat messages whose images are placed by reference ("chat sample v1").
 
 Parsing is strict: an unknown field, a wrong type, an image without a medium or a medium that no message shows is an
 error that names the sample, the field, what was expected and what was found.

@@ -4,8 +4,7 @@
 
 The global batch has B slots; slot k owns positions k, k+B, k+2B, ... A rank owns B/world slots side by side, and one
 optimizer step of it is a window: the next position of each. Workers prepare whole windows in turn. The state after a
-window travels with its micro-batches, so what was prefetched and never consumed was never counted
-(spec/frameworks §4.3).
+window travels with its micro-batches, so what was prefetched and never consumed was never counted.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What lies where in a shard: one pass over the headers of a plain tar, extracting nothing.
 
 A shard comes from anywhere, so a member must earn its place: a known name, a regular file, inside the archive. The
-rules are those of chat-sample v1 (spec/frameworks §5.2): `<key>.json`, `<key>.<n>.<ext>`, the members of one sample
+rules are those of chat-sample v1: `<key>.json`, `<key>.<n>.<ext>`, the members of one sample
 side by side.
 """
 

@@ -40,7 +40,7 @@ class TimmEncoder(nn.Module):
     """A timm model as an encoder: features of one block, blocks after it removed.
 
     layer: -1 is the last block with the model's final norm; any other block index comes without norm, which is
-    what LLaVA takes at -2 (spec/backbones.md 3.1).
+    what LLaVA takes at -2.
     """
 
     def __init__(self, model: Any, image: ImageSpec, layer: int = -1) -> None:

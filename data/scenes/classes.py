@@ -1,6 +1,6 @@
 """The 24 things of the Scenes world: what they are called, where they are expected, how they look.
 
-Six contexts of four slots each (spec/benchmarks.md C1): class `4 * context + slot`. A context gives its classes their
+Six contexts of four slots each: class `4 * context + slot`. A context gives its classes their
 shape and a slot its colour, so the glyph of a class is unique. The names are ordinary nouns with synonyms, regular and
 irregular plurals, and two-word names that CHAIR's table of double words knows, so that the whole text path of CHAIR is
 exercised on truth that is exact.

@@ -1,4 +1,4 @@
-"""A scene as a picture: faint coloured glyphs on noisy grey (spec/benchmarks.md C1).
+"""A scene as a picture: faint coloured glyphs on noisy grey.
 
 Each glyph is blended into the background with its opacity, then Gaussian noise covers everything; at opacity 0.2 a
 glyph is about as strong as the noise. Background and noise come from `Scene.seed` alone (PCG64), so a scene read back

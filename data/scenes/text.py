@@ -1,7 +1,6 @@
 """What is said about a scene, and the tokenizer that knows every word of it.
 
 Prompts are those of POPE and CHAIR, so that benchmarks written for COCO ask a Scenes model in words it was trained on.
-Mix and wording: spec/benchmarks.md C2.
 """
 
 from __future__ import annotations

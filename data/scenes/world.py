@@ -3,7 +3,7 @@
 The biased world draws a context (Zipf) and then its four expected classes with falling probability, so that things
 co-occur as strongly as in photographs and some are popular. Faint objects leave ambiguous evidence, and there a model
 trained on this world says what usually comes along: it hallucinates for the reason large models do. The uniform world
-is the control arm: every class on its own, nothing to expect. Parameters: spec/benchmarks.md C1, measured, not tuned.
+is the control arm: every class on its own, nothing to expect. Its parameters were fixed before any method was tried.
 
 The objects of a scene are listed as they were drawn: those of its context by slot, then the others by class number.
 POPE asks about the first three of this list.

@@ -3,7 +3,7 @@
     p = softmax(scale * q k^T)         M[g] = sum of p over the keys of group g
     out = sum over g of  C[g] * (sum over the keys of group g of p v),      C = rule(M)
 
-Every mitigation method that acts on attention weights is a rule over group masses (spec/mitigators.md 5.2).
+Every mitigation method that acts on attention weights is a rule over group masses.
 """
 
 import torch
@@ -32,7 +32,7 @@ def grouped_mass_attention(
     return_lse: bool = False,
     impl: str = "auto",
 ) -> tuple[Tensor, ...]:
-    """Attention with its keys in groups. Source: spec/kernels.md 2.B1.
+    """Attention with its keys in groups.
 
     Args:
         group_ids: group of each key, 0 <= g < rule.groups.

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-# Groups by convention (spec/kernels.md, section 2.B1); 4 and above are free for a method's own use.
+# Groups by convention; 4 and above are free for a method's own use.
 TEXT, VISUAL, VISUAL_SINK, TEXT_SINK = 0, 1, 2, 3
 
 
@@ -43,8 +43,8 @@ class Neutral:
 class VisualRedistribution:
     """VAR: move a part of the attention that sinks attract to the other visual tokens.
 
-    Source: "See What You Are Told: Visual Attention Sink in Large Multimodal Models" (ICLR 2025), section 5;
-    spec/mitigators.md 2.1. A row of a head acts when the image gets at least ``image_min`` of its attention
+    Source: "See What You Are Told: Visual Attention Sink in Large Multimodal Models" (ICLR 2025), section 5.
+    A row of a head acts when the image gets at least ``image_min`` of its attention
     and at least ``rho`` of that goes to visual tokens that are no sinks. Then ``taken`` of the mass of all
     sinks moves to the other visual tokens in proportion. Mass is conserved, so rows still sum to one.
     """

@@ -30,7 +30,7 @@ def received_attention(
     scale: float | None = None,
     impl: str = "auto",
 ) -> Float[Tensor, "batch heads keys"]:
-    """How much attention each key receives from the chosen rows. Source: spec/kernels.md 2.C.
+    """How much attention each key receives from the chosen rows.
 
     Args:
         lse: natural log-sum-exp of every row, from the forward pass; ``None`` computes it for the chosen rows.

@@ -13,7 +13,7 @@ from vlm.models.encoder import ImageSpec, TimmEncoder
 class ConvVit(TimmEncoder):
     """timm's VisionTransformer behind three stride-2 convolutions, so one token per 8 x 8 pixels.
 
-    A linear 8 x 8 patch embedding does not learn small objects in a short run (spec/benchmarks.md C3); early
+    A linear 8 x 8 patch embedding does not learn small objects in a short run; early
     convolutions do (Xiao et al., "Early Convolutions Help Transformers See Better", NeurIPS 2021).
 
     Args:

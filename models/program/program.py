@@ -89,7 +89,7 @@ class Selector(NamedTuple):
 class Select:
     """Op at ``vit.out``, ``llm.in`` and ``llm.before[k]``: keep some visual tokens, drop the rest.
 
-    position: ``"keep"`` leaves the kept tokens their position ids, ``"reindex"`` counts anew (spec/pruners.md 2.0).
+    position: ``"keep"`` leaves the kept tokens their position ids, ``"reindex"`` counts anew.
     """
 
     keep: Budget

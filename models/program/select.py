@@ -61,7 +61,7 @@ def max_min_order(
     """Greedy max-min diversity over cosine distance: the order in which tokens are picked.
 
     The first pick is the token farthest from its nearest other token; each next one is farthest from its
-    nearest pick. Source: DivPrune (CVPR 2025), algorithm 1; spec/pruners.md 2.11. O(tokens * picks).
+    nearest pick. Source: DivPrune (CVPR 2025), algorithm 1. O(tokens * picks).
     """
     unit = torch.nn.functional.normalize(x.float(), dim=-1)
     distance = 1 - unit @ unit.transpose(1, 2)  # [S,P,P]

@@ -12,7 +12,7 @@ from vlm.models.program.select import even_stride
 class Stride:
     """Every n/k-th visual token kept before the language model."""
 
-    source: ClassVar[str] = "baseline; spec/pruners.md 2.0"
+    source: ClassVar[str] = "baseline"
     verified: ClassVar[str] = "definition"
 
     keep: Budget

@@ -53,7 +53,7 @@ def test_steps_are_whole_and_shares_are_not(text: str, value: float):
     assert (found, type(found)) == (value, type(value))
 
 
-# Each of these PyYAML 6 reads as a number, a truth value or a date, or takes 2e-6 for text (spec/frameworks.md 6.3).
+# Each of these PyYAML 6 reads as a number, a truth value or a date, or takes 2e-6 for text.
 @pytest.mark.parametrize(
     "parse, text",
     [

@@ -1,4 +1,4 @@
-"""Objects named in a caption: CHAIR's matcher (spec/benchmarks.md A2) with the place of every mention.
+"""Objects named in a caption: CHAIR's matcher with the place of every mention.
 
 Words are lower-cased and singularised, known pairs of words are merged greedily from the left, and what the
 vocabulary knows is mapped to its category. Pairs come from CHAIR's fixed table: a two-word entry of a vocabulary

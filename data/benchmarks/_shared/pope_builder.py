@@ -1,5 +1,4 @@
-"""POPE's questions from object lists (POPE, Li et al. 2023, section 5; the official build as in
-spec/benchmarks.md A1).
+"""POPE's questions from object lists (POPE, Li et al. 2023, section 5, and its official code).
 
 For each image the first three objects of its list are asked about, each followed by one absent object: any
 (random), the most frequent (popular), or the one that most often comes with the positive (adversarial). Ties

@@ -1,4 +1,4 @@
-"""Yes or no: the parsers in circulation and the counts behind POPE's numbers (spec/benchmarks.md A1).
+"""Yes or no: the parsers in circulation and the counts behind POPE's numbers.
 
 The parsers differ, and so do published numbers; a protocol card names the one used. "unknown" means that a
 parser refuses to decide: the answer is wrong, and whether it counts as a missed positive is the parser's rule

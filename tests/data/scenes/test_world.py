@@ -1,4 +1,4 @@
-"""The worlds against the numbers of spec/benchmarks.md C1, and scenes against their seeds."""
+"""The worlds against the numbers that define them, and scenes against their seeds."""
 
 import json
 from collections import Counter
