@@ -11,7 +11,7 @@ from vlm.models.vision_language import Inputs, VisionLanguageModel
 def layer_flops(tokens: float, width: int, mlp: int) -> float:
     """Multiply-accumulates of one decoder layer over ``tokens`` tokens: 4 n D^2 + 2 n^2 D + 3 n D m.
 
-    The count of the pruning literature for a gated MLP (spec/pruners.md 2.0).
+    The count of the pruning literature for a gated MLP.
     """
     return 4 * tokens * width**2 + 2 * tokens**2 * width + 3 * tokens * width * mlp
 

@@ -1,7 +1,7 @@
 """The encoder learns to name what is in the picture: ``objective: tags``.
 
-A small encoder trained only through the language model's loss stays blind for thousands of steps
-(spec/benchmarks.md C3); multi-label classification of each sample's ``tags`` teaches it to see first.
+A small encoder trained only through the language model's loss stays blind for thousands of steps;
+multi-label classification of each sample's ``tags`` teaches it to see first.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """What is in each image, for CHAIR: from COCO's annotation files or from a plain list.
 
-COCO: the categories of an image's instances together with the objects its reference captions name (spec/benchmarks.md
-A2). Plain: {"image key": ["cup", ...]}. Several files add up.
+COCO: the categories of an image's instances together with the objects its reference captions name.
+Plain: {"image key": ["cup", ...]}. Several files add up.
 """
 
 from __future__ import annotations
