@@ -1,10 +1,9 @@
 """What is written while training: metrics, the trace of samples, checkpoints; and what the user sees."""
 
 import json
-import shutil
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from lightning.pytorch import Callback, Trainer
 
 from vlm.data.stream import MicroBatch, step_ids
 from vlm.progress import Progress
+from vlm.training.checkpoints import Files, newest
 from vlm.training.datamodule import StageData, gather
 from vlm.training.errors import TrainingError
 from vlm.training.loss import Loss
@@ -143,12 +143,12 @@ class Trace(Callback):
 class Save(Callback):
     """A checkpoint every so many steps and at the end of the stage; the newest ``keep`` of the stage stay.
 
-    Written beside and then renamed, and an older one is removed only afterwards: whatever fails, the last good
-    checkpoint survives.
+    An older one is removed only when a newer one is whole: whatever fails, the last good checkpoint survives.
     """
 
-    def __init__(self, stage: int, name: str, steps: int, folder: Path, every: int, keep: int) -> None:
-        self.stage, self.name, self.steps, self.folder, self.every, self.keep = stage, name, steps, folder, every, keep
+    def __init__(self, stage: int, name: str, steps: int, folder: Path, every: int, keep: int, files: Files) -> None:
+        self.stage, self.name, self.steps = stage, name, steps
+        self.folder, self.every, self.keep, self.files = folder, every, keep, files
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: MicroBatch, batch_idx: int
@@ -162,25 +162,13 @@ class Save(Callback):
             self.save(trainer, done)
 
     def save(self, trainer: Trainer, done: int) -> None:
-        """Save the state after ``done`` steps. Raises TrainingError when it cannot be written."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Save the state after ``done`` steps. Raises TrainingError, on all ranks, when it cannot be written."""
         path = self.folder / f"stage{self.stage}-{self.name}-step{done:08d}.ckpt"
-        fresh = path.with_suffix(".partial")
-        try:
-            trainer.save_checkpoint(fresh)
-            if trainer.is_global_zero:
-                fresh.replace(path)
-        except OSError as error:
-            fresh.unlink(missing_ok=True)
-            last = max(self.folder.glob("*.ckpt"), default=None)
-            left = f"the last good one is {last}" if last else "there is none before it"
-            raise TrainingError(f"checkpoint {path} could not be written: {error.strerror or error}; {left}") from None
+        trainer.save_checkpoint(path, weights_only=False)
+        if failure := gather(self.files.failure)[0]:
+            last = newest(self.folder)
+            left = f"the last good one is {last.path}" if last else "there is none before it"
+            raise TrainingError(f"checkpoint {path} could not be written: {failure}; {left}")
         if trainer.is_global_zero:
             for old in sorted(self.folder.glob(f"stage{self.stage}-*.ckpt"))[: -self.keep]:
                 old.unlink()
-
-
-def free_bytes(folder: Path) -> int:
-    """Bytes free on the disk of ``folder`` (or of its nearest parent that exists)."""
-    existing: Iterable[Path] = (place for place in (folder, *folder.parents) if place.exists())
-    return shutil.disk_usage(next(iter(existing))).free

@@ -1,15 +1,65 @@
-"""Finding, checking and reading checkpoints."""
+"""Writing, finding, checking and reading checkpoints."""
 
+import os
 import re
+import struct
+from contextlib import suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch.plugins import CheckpointIO
 
 from vlm.models.vision_language import VisionLanguageModel
 from vlm.training.errors import TrainingError
 
 NAME = re.compile(r"stage(\d+)-(.+)-step(\d{8})\.ckpt")
+# What torch raises for broken files, depending on where they are broken.
+DAMAGED = (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError, struct.error)
+NEEDED = ("state_dict", "recipe", "loops", "global_step")
+
+
+class Files(CheckpointIO):
+    """How Lightning's checkpoints go to disk and come from it.
+
+    Written beside their place, down to the disk, and renamed: there is the whole file or none. Lightning calls this
+    on the first rank only, so what went wrong is kept in ``failure`` for all ranks to stop together.
+    """
+
+    failure: str = ""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        part = Path(path).with_suffix(".partial")
+        self.failure = ""
+        try:
+            part.parent.mkdir(parents=True, exist_ok=True)
+            _write(checkpoint, part)
+            part.replace(path)
+        except OSError as error:
+            with suppress(OSError):
+                part.unlink()
+            self.failure = error.strerror or str(error)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        return read(Path(path))
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+def _write(checkpoint: dict[str, Any], path: Path) -> None:
+    try:
+        with path.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except RuntimeError as error:  # of torch's writer, after the file's own
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 class Checkpoint(NamedTuple):
@@ -51,10 +101,26 @@ def forget_after(point: Checkpoint, folder: Path) -> None:
 def read(path: Path) -> dict[str, Any]:
     """The content of a checkpoint: tensors and plain values only, no code is run. Raises TrainingError if broken."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        content = _load(path)
+    except UnpicklingError:
+        raise TrainingError(
+            f"checkpoint {path} cannot be read: expected tensors and plain values, found other objects or damage;"
+            " none of it was run"
+        ) from None
+    except DAMAGED as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TrainingError(f"checkpoint {path} cannot be read: {reason}") from None
+    missing = [key for key in NEEDED if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise TrainingError(f"checkpoint {path}: expected one of a run of this project, found no {missing[0]!r} in it")
+    return content
+
+
+def _load(path: Path) -> Any:
+    with path.open("rb") as file:
+        if file.read(2) != b"PK":  # torch would go on to read its older formats
+            raise ValueError("expected a zip archive of torch, found no zip")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def check_recipe(content: dict[str, Any], path: Path, identity: dict[str, Any]) -> None:
@@ -62,7 +128,8 @@ def check_recipe(content: dict[str, Any], path: Path, identity: dict[str, Any]) 
 
     Raises TrainingError: what the checkpoint was trained with and what this recipe says.
     """
-    saved = content.get("recipe", {}).get("identity")
+    recipe = content["recipe"]
+    saved = recipe.get("identity") if isinstance(recipe, dict) else None
     if saved == identity:
         return
     if saved is None:

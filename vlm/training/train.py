@@ -208,7 +208,8 @@ def _trainer(
     callbacks: list[Any] = [Watch(number, stage.name, steps, folder / "metrics.jsonl", run.log_every, progress)]
     if run.trace_samples:
         callbacks.append(Trace(number, folder / "samples.jsonl"))
-    callbacks.append(Save(number, stage.name, steps, folder / "checkpoints", run.save.every, run.save.keep))
+    files = checkpoints.Files()
+    callbacks.append(Save(number, stage.name, steps, folder / "checkpoints", run.save.every, run.save.keep, files))
     if run.threads:
         torch.set_num_threads(run.threads)
     return Trainer(
@@ -221,6 +222,7 @@ def _trainer(
         accumulate_grad_batches=accumulate,
         gradient_clip_val=stage.clip,
         callbacks=callbacks,
+        plugins=[files],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
