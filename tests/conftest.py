@@ -12,6 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, get_args
 
 import jaxtyping
@@ -51,3 +52,20 @@ def unchecked_shapes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
     """A test marked `bad_shape` breaks a shape on purpose, to see the function's own error and not the checker's."""
     if request.node.get_closest_marker("bad_shape"):
         monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture(scope="session")
+def shrunk() -> Callable[[Path], list[str]]:
+    """Overrides that leave every part of a shipped recipe in place but make each as small as can be."""
+    from vlm.recipe import load_recipe
+
+    def overrides(path: Path) -> list[str]:
+        recipe = load_recipe(path)
+        small = ["data.make.train=150", "data.make.test=12", "run.global_batch=6", "run.trace_samples=true"]
+        small += ["run.save.every=2", "run.log_every=2", "evaluate.batch=16", "evaluate.pictures=2"]
+        for number, stage in enumerate(recipe.stages):
+            small += [f"stages.{number}.steps=4", f"stages.{number}.schedule.warmup=1"]
+            small += [f"stages.{number}.global_batch=6"] if stage.global_batch else []
+        return small + [f"evaluate.benchmarks.{label}.limit=6" for label in recipe.evaluate.benchmarks]
+
+    return overrides

@@ -11,20 +11,8 @@ from vlm.recipe import load_recipe
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
 
 
-def shrunk(path: Path) -> list[str]:
-    """Overrides that leave every part of the recipe in place but make each as small as can be."""
-    recipe = load_recipe(path)
-    small = ["data.make.train=150", "data.make.test=12", "run.global_batch=6", "run.trace_samples=true"]
-    small += ["run.save.every=2", "run.log_every=2", "evaluate.batch=16", "evaluate.pictures=2"]
-    for number, stage in enumerate(recipe.stages):
-        small += [f"stages.{number}.steps=4", f"stages.{number}.schedule.warmup=1"]
-        small += [f"stages.{number}.global_batch=6"] if stage.global_batch else []
-    small += [f"evaluate.benchmarks.{label}.limit=6" for label in recipe.evaluate.benchmarks]
-    return small
-
-
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_is_planned(path, tmp_path, monkeypatch, capsys):
+def test_every_recipe_is_planned(path, shrunk, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["plan", str(path), *shrunk(path)]) == 0
     assert "Stage" in capsys.readouterr().out
@@ -33,7 +21,7 @@ def test_every_recipe_is_planned(path, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_shrunk_copy_trains_resumes_evaluates_and_reports(path, tmp_path, monkeypatch, capsys):
+def test_a_shrunk_copy_trains_resumes_evaluates_and_reports(path, shrunk, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     small = shrunk(path)
     recipe = load_recipe(path, small)

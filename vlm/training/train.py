@@ -35,8 +35,6 @@ for _library in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(_library).setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", message="Found .* module.* in eval mode", module="lightning")
 warnings.filterwarnings("ignore", message="You're resuming from a checkpoint", module="lightning")  # data state is ours
-# It is: the data module keeps the stream's state.
-warnings.filterwarnings("ignore", message=".*your dataloader is not resumable", module="lightning")
 warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec", module="lightning")
 
 PACKAGES = ("torch", "transformers", "lightning", "timm", "webdataset", "vlm-recipes")
