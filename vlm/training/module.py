@@ -155,11 +155,12 @@ class TrainingModule(LightningModule):
 
     def _methods_at(self, step: int) -> tuple[Any, ...]:
         """The methods of a training step; a keep schedule lowers the kept share step by step."""
-        pruner = self.pruner
-        if pruner is not None and self.keep_schedule is not None and pruner.keep.ratio is not None:
-            done = min(1.0, step / max(1.0, self.keep_schedule.over * self.steps))
-            start = self.keep_schedule.start
-            pruner = replace(pruner, keep=Budget(ratio=start + (pruner.keep.ratio - start) * done))
+        pruner, schedule = self.pruner, self.keep_schedule
+        if pruner is not None and schedule is not None and step < schedule.over * self.steps:
+            keep: Budget = pruner.keep
+            final = keep.ratio if keep.tokens is None else keep.tokens / self.model.visual_tokens
+            done = step / (schedule.over * self.steps)
+            pruner = replace(pruner, keep=Budget(ratio=schedule.start + (final - schedule.start) * done))
         return tuple(method for method in (pruner, *self.mitigators) if method is not None)
 
 

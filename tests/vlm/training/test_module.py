@@ -1,5 +1,11 @@
-"""The gradient of a step is that of the whole global batch, however it is split, and as computed sample by sample."""
+"""The gradient of a step is that of the whole global batch, however it is split, and as computed sample by sample.
 
+And what surrounds it: frozen parts, pruners and their schedule, the course of the learning rate, losses that are not
+finite.
+"""
+
+import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +23,15 @@ from vlm.data.order import Order
 from vlm.data.store import Store
 from vlm.models.splice import IMAGE_TOKEN
 from vlm.models.vision_language import VisionLanguageModel
+from vlm.objectives.chat import ChatLoss
 from vlm.objectives.tags import TagsLoss
 from vlm.recipe import load_recipe
-from vlm.recipe.schema import Recipe
+from vlm.recipe.schema import Recipe, Schedule
 from vlm.training import train as training
+from vlm.training.callbacks import Watch
+from vlm.training.errors import TrainingError
+from vlm.training.loss import Loss
+from vlm.training.module import TrainingModule, rate
 
 # One step of everything, so that every parameter has a gradient; a quarter of the samples come without their image.
 CHAT = (
@@ -189,3 +200,170 @@ def test_a_rank_that_sees_only_text_neither_hangs_nor_changes_the_gradient(
         expected = {name: None if name.startswith("model.vision.") else g for name, g in expected.items()}
     assert_equal(measure(2, 4, stages, BLIND), expected)
     assert_equal(measure(2, 2, stages, BLIND), expected)
+
+
+FASTV = "prune={use: fastv, layer: 1, keep: 25%}"
+DIVPRUNE = "prune={use: divprune, keep: 25%}"
+
+
+@pytest.mark.parametrize(
+    "prune", [FASTV, DIVPRUNE, "prune={use: stride, keep: 4}"], ids=["fastv", "divprune", "stride"]
+)
+def test_gradients_reach_every_part_under_a_pruner_and_do_not_depend_on_the_layout(
+    prune: str, train: Any, recipe: Path, ranks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Gradients] = []
+
+    def record(self: TrainingModule, optimizer: Any) -> None:
+        found.append({name: p.grad.clone() for name, p in self.named_parameters() if p.grad is not None})
+
+    monkeypatch.setattr(TrainingModule, "on_before_optimizer_step", record)
+    train(CHAT, prune, to="one")
+    assert all(float(gradient.abs().sum()) > 0 for gradient in found[0].values())
+    assert {name.split(".")[1] for name in found[0]} == {"vision", "connector", "language"}
+    train(CHAT, to="unpruned")
+    assert any(not torch.equal(gradient, found[1][name]) for name, gradient in found[0].items())
+    group = ranks(2, CHAT, prune, "run.micro_batch=1", change=_record(tmp_path / "g.pt"))  # some of text alone
+    assert group.join() == [0, 0], group.output()
+    assert_equal(torch.load(tmp_path / "g.pt"), found[0])
+
+
+@pytest.mark.parametrize("keep", ["25%", "9"])
+def test_the_kept_share_comes_down_by_its_schedule_and_the_program_is_off_afterwards(
+    keep: str, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prune = f"prune={{use: stride, keep: {keep}, schedule: {{from: 100%, over: 50%}}}}"
+    loaded = load_recipe(recipe, [FROZEN.replace("drop_image: 25%, steps: 1", "steps: 10"), prune])
+    tokenizer = build_tokenizer(loaded)
+    model = build_model(loaded, tokenizer)
+    kept: list[int] = []
+    forward = model.forward
+
+    def counted(*arguments: Any) -> Any:
+        out = forward(*arguments)
+        [count] = set(out.layout.visual.sum(1).tolist())
+        kept.append(count)
+        return out
+
+    monkeypatch.setattr(model, "forward", counted)
+    training.train(loaded, model, tokenizer)
+    # of 36 tokens: 100 %, 85 %, 70 %, 55 %, 40 %, and from half of the steps on 25 %
+    assert kept == [36, 31, 25, 20, 14, 9, 9, 9, 9, 9]
+    assert model.engine is None
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_the_program_is_taken_off_when_training_fails(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_recipe(recipe, [CHAT, FASTV])
+    tokenizer = build_tokenizer(loaded)
+    model = build_model(loaded, tokenizer)
+    attention = model.language.config._attn_implementation
+    attached: list[bool] = []
+
+    def broken(self: ChatLoss, model: Any, batch: Any) -> Loss:
+        attached.append(model.engine is not None)
+        raise TrainingError("broken")
+
+    monkeypatch.setattr(ChatLoss, "forward", broken)
+    with pytest.raises(TrainingError, match="broken"):
+        training.train(loaded, model, tokenizer)
+    assert attached == [True]
+    assert model.engine is None
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert model.language.config._attn_implementation == attention
+
+
+def test_parts_that_are_not_named_stay_as_they_are_to_the_bit(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_recipe(recipe, ["stages.1.train={connector: {lr: 1e-2}}", "stages.1.steps=3"])
+    tokenizer = build_tokenizer(loaded)
+    model = build_model(loaded, tokenizer)
+    states = [{name: value.clone() for name, value in model.state_dict().items()}]
+    modes: list[tuple[bool, ...]] = []
+    end = Watch.on_train_batch_end
+
+    def noted(self: Watch, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
+        end(self, trainer, module, outputs, batch, index)
+        modes.append(tuple(part.training for part in (model.vision, model.connector, model.language)))
+        if batch.step + 1 == self.steps:
+            states.append({name: value.clone() for name, value in model.state_dict().items()})
+
+    monkeypatch.setattr(Watch, "on_train_batch_end", noted)
+    training.train(loaded, model, tokenizer)
+    untrained, tags, both = states
+    for name in untrained:
+        part = name.partition(".")[0]
+        assert torch.equal(untrained[name], tags[name]) == (part != "vision"), name
+        assert torch.equal(tags[name], both[name]) == (part != "connector"), name
+    assert modes == [(True, False, False)] * 6 + [(False, True, False)] * 3
+
+
+def test_the_optimizer_is_told_the_rate_and_decay_of_each_part(recipe: Path) -> None:
+    stage = "{vision: {lr: 1e-4, weight_decay: 0.1}, connector: {lr: 2e-3}, language: {lr: 3e-5, weight_decay: 0.2}}"
+    loaded = load_recipe(recipe, [f"stages.0.train={stage}", "stages.0.betas=[0.8, 0.9]"])
+    model = build_model(loaded, build_tokenizer(loaded))
+    module = TrainingModule(model, ChatLoss(), "token", loaded.stages[0], 6, 8)
+    optimizer = module.configure_optimizers()["optimizer"]
+    of_part = {"vision": (1e-4, 0.1), "connector": (2e-3, 0.0), "language": (3e-5, 0.2)}
+    seen = []
+    for group in optimizer.param_groups:
+        lr, decay = of_part[group["name"]]
+        assert group["initial_lr"] == lr
+        assert group["betas"] == (0.8, 0.9)
+        for parameter in group["params"]:
+            assert group["weight_decay"] == (decay if parameter.ndim > 1 else 0.0)
+            seen.append(id(parameter))
+    assert sorted(seen) == sorted(id(parameter) for parameter in model.parameters())
+
+
+def test_the_course_of_the_learning_rate() -> None:
+    cosine = Schedule(use="cosine", warmup=4, final=0.1)
+    assert [rate(cosine, step, 20) for step in (0, 1, 3, 4)] == pytest.approx([0.25, 0.5, 1.0, 1.0])
+    assert rate(cosine, 12, 20) == pytest.approx(0.1 + 0.9 * 0.5)  # half way between step 4 and step 20
+    assert rate(cosine, 8, 20) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.sqrt(0.5)))
+    assert rate(cosine, 20, 20) == rate(cosine, 25, 20) == pytest.approx(0.1)
+    linear = Schedule(use="linear", warmup=0.25, final=0.2)  # a quarter of 8 steps is 2
+    found = [rate(linear, step, 8) for step in range(9)]
+    expected = [0.5, 1.0, 1.0, 1 - 0.8 / 6, 1 - 1.6 / 6, 0.6, 1 - 3.2 / 6, 1 - 4 / 6, 0.2]
+    assert found == pytest.approx(expected)
+    constant = Schedule(use="constant", warmup=2)
+    assert [rate(constant, step, 10) for step in (0, 1, 2, 9)] == [0.5, 1.0, 1.0, 1.0]
+    assert [rate(Schedule(use="linear"), step, 4) for step in range(5)] == [1.0, 0.75, 0.5, 0.25, 0.0]
+
+
+# One sample of the third step gives a loss that is not a finite number, or an infinite gradient.
+BROKEN = """
+import torch
+from vlm.objectives.chat import ChatLoss
+forward = ChatLoss.forward
+
+def broken(self, model, batch):
+    loss = forward(self, model, batch)
+    if KEY not in batch.keys:
+        return loss
+    first = next(p for p in model.parameters() if p.requires_grad)
+    value = {"loss": loss.value.detach() / 0.0, "gradient": loss.value + (first * 0.0).sum().sqrt()}["WHAT"]
+    return loss._replace(value=value + 0.0 * loss.value)
+
+ChatLoss.forward = broken
+"""
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_loss_that_is_not_finite_stops_all_ranks_and_names_the_samples(
+    what: str, world: int, train: Any, ranks: Any, tmp_path: Path
+) -> None:
+    whole = train(CHAT.replace("steps: 1", "steps: 4"), to="whole")
+    keys = json.loads((whole / "samples.jsonl").read_text().splitlines()[2])["ids"]
+    change = BROKEN.replace("KEY", repr(keys[6])).replace("WHAT", what)
+    options = (CHAT.replace("steps: 1", "steps: 4"), "run.micro_batch=2", "run.save.every=1")
+    group = ranks(world, *options, change=change)
+    assert group.join() == [2] * world, group.output()
+    named = keys[6:8] if what == "loss" else keys
+    line = f"error: stage one, step 2: expected a finite {what}, found one that is not; samples: {', '.join(named)}\n"
+    assert line in group.output()
+    assert "Traceback" not in group.output()
+    saved = sorted((tmp_path / "run/checkpoints").iterdir())
+    assert [path.name for path in saved] == ["stage0-one-step00000001.ckpt", "stage0-one-step00000002.ckpt"]
+    state = torch.load(saved[-1], weights_only=True)["state_dict"]
+    assert all(value.isfinite().all() for value in state.values())
