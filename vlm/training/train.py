@@ -73,6 +73,7 @@ def train(recipe: Recipe, model: VisionLanguageModel, tokenizer: PreTrainedToken
     Raises TrainingError for a checkpoint of another recipe, a full disk or a loss that is not finite.
     """
     folder = Path(recipe.run.dir) / "checkpoints"
+    folder.parent.mkdir(parents=True, exist_ok=True)
     start = _where_to_start(recipe, folder)
     sources = open_sources(recipe)
     identity = recipe.identity()
