@@ -1,5 +1,7 @@
 """One command does everything a recipe says: data, stages, evaluation, report."""
 
+import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from vlm.report import write_report
 from vlm.report.findings import find
 from vlm.report.read import read_run
 from vlm.report.records import Chair, Evaluation, Other, YesNo
-from vlm.training.train import is_first_rank, train, trained_weights
+from vlm.training.train import OUTSIDE_RANKS, is_first_rank, train, trained_weights
 
 PARTS = ("data", "train", "evaluate", "report")
 
@@ -26,15 +28,28 @@ def run(recipe: Recipe, parts: Sequence[str] = PARTS) -> None:
     Raises RecipeError, DataError, ModelError or TrainingError with one line for the user.
     """
     folder = Path(recipe.run.dir)
-    if is_first_rank():
-        folder.mkdir(parents=True, exist_ok=True)
-        if "data" in parts:
-            _make(recipe)
-        (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    if "data" in parts and recipe.data.make is not None:
+        _make_once(recipe, folder / ".data-made")
     if {"train", "evaluate"} & set(parts):
         _train_and_evaluate(recipe, folder, parts)
     if "report" in parts and is_first_rank():
         print(f"Report: {write_report(folder)}")
+
+
+def _make_once(recipe: Recipe, mark: Path) -> None:
+    """The first process makes the data; processes that a launcher started beside it wait for its mark."""
+    launch = " ".join(os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "MASTER_PORT"))
+    if is_first_rank():
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.unlink(missing_ok=True)
+        _make(recipe)
+        mark.write_text(launch)
+        return
+    if not any(name in os.environ for name in OUTSIDE_RANKS):
+        return
+    time.sleep(1.0)  # the first process takes away the mark of an earlier launch
+    while not mark.exists() or mark.read_text() != launch:
+        time.sleep(0.5)
 
 
 def _make(recipe: Recipe) -> None:

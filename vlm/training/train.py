@@ -37,6 +37,9 @@ warnings.filterwarnings("ignore", message="Found .* module.* in eval mode", modu
 warnings.filterwarnings("ignore", message="You're resuming from a checkpoint", module="lightning")  # data state is ours
 warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec", module="lightning")
 
+# Set in every process by a launcher from outside; Lightning's own launcher starts the others after the data are made.
+OUTSIDE_RANKS = ("RANK", "SLURM_PROCID")
+
 PACKAGES = ("torch", "transformers", "lightning", "timm", "webdataset", "vlm-recipes")
 
 
@@ -64,7 +67,8 @@ def versions() -> dict[str, str]:
 
 
 def is_first_rank() -> bool:
-    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
+    """Whether this process is the first of its launch: torchrun's, SLURM's, or Lightning's own on one machine."""
+    return next((int(os.environ[name]) for name in (*OUTSIDE_RANKS, "LOCAL_RANK") if name in os.environ), 0) == 0
 
 
 def train(recipe: Recipe, model: VisionLanguageModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -85,6 +89,8 @@ def train(recipe: Recipe, model: VisionLanguageModel, tokenizer: PreTrainedToken
             checkpoints.forget_after(start, folder)
     elif is_first_rank():
         _clear(Path(recipe.run.dir))
+    if is_first_rank():
+        (folder.parent / "recipe.yaml").write_text(recipe.to_yaml())
     for number, stage in enumerate(recipe.stages):
         if start is not None and start.stage > number:
             continue
