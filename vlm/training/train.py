@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import warnings
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from vlm.create import create
 from vlm.data.batch import collate
 from vlm.data.chat import ChatEncoder
 from vlm.data.draw import Draw
+from vlm.data.errors import DataError
 from vlm.data.index import Manifest, load_manifest
 from vlm.data.store import Store
 from vlm.data.stream import BadSamplePolicy
@@ -120,12 +122,20 @@ def stage_steps(stage: Stage, global_batch: int, stores: list[Store], encoder: C
         return -(-stage.samples // global_batch)
     assert stage.tokens is not None
     total = sum(stage.mix.values())
-    mean = 0.0
-    for store, weight in zip(stores, stage.mix.values(), strict=True):
-        first = range(min(256, len(store)))
-        lengths = [len(encoder(store.read(i), Draw(i, 0, 0)).tokens) for i in first]
-        mean += weight / total * sum(lengths) / len(lengths)
+    parts = zip(stores, stage.mix.values(), strict=True)
+    mean = sum(weight / total * _mean_tokens(store, encoder) for store, weight in parts)
     return max(1, round(stage.tokens / (mean * global_batch)))
+
+
+def _mean_tokens(store: Store, encoder: ChatEncoder) -> float:
+    """Mean length of the first samples of a source; unreadable ones are left to training, which counts them."""
+    lengths = []
+    for number in range(min(256, len(store))):
+        with suppress(DataError, OSError):
+            lengths.append(len(encoder(store.read(number), Draw(number, 0, 0)).tokens))
+    if not lengths:
+        raise DataError(f"{store.manifest.shards[0].address}: expected readable samples, found none among the first")
+    return sum(lengths) / len(lengths)
 
 
 def _train_stage(
