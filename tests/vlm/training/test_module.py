@@ -25,6 +25,7 @@ from vlm.models.splice import IMAGE_TOKEN
 from vlm.models.vision_language import VisionLanguageModel
 from vlm.objectives.chat import ChatLoss
 from vlm.objectives.tags import TagsLoss
+from vlm.plan import plan
 from vlm.recipe import load_recipe
 from vlm.recipe.schema import Recipe, Schedule
 from vlm.training import train as training
@@ -295,6 +296,21 @@ def test_parts_that_are_not_named_stay_as_they_are_to_the_bit(recipe: Path, monk
         assert torch.equal(untrained[name], tags[name]) == (part != "vision"), name
         assert torch.equal(tags[name], both[name]) == (part != "connector"), name
     assert modes == [(True, False, False)] * 6 + [(False, True, False)] * 3
+
+
+def test_the_plan_shows_what_will_train(recipe: Path) -> None:
+    loaded = load_recipe(recipe)
+    model = build_model(loaded, build_tokenizer(loaded))
+    rows = [line.split("  ") for line in plan(loaded).splitlines()]
+    cells = {row[0]: [cell.strip() for cell in row[1:] if cell] for row in rows}
+    assert cells["part"] == ["parameters", "tags", "sft"]
+    for part, tags, sft in (
+        ("vision", "lr 0.01, decay 0.01", "frozen"),
+        ("connector", "frozen", "lr 0.01, decay 0.01"),
+        ("language", "frozen", "lr 0.01, decay 0.01"),
+    ):
+        count = sum(p.numel() for p in getattr(model, part).parameters())
+        assert cells[part] == [f"{count:,}", tags, sft]
 
 
 def test_the_optimizer_is_told_the_rate_and_decay_of_each_part(recipe: Path) -> None:

@@ -132,7 +132,7 @@ def test_two_processes_killed_and_resumed_as_others(
     world: int, micro: int, workers: int, train: Any, killed: Killed, ranks: Any
 ) -> None:
     whole = train(to="whole")
-    folder = killed(2, 1, 6, "run.micro_batch=1")
+    folder = killed(2, 1, 6, "run.micro_batch=1", "data.workers=1")  # which has read ahead
     group = ranks(world, f"run.micro_batch={micro}", f"data.workers={workers}", to="killed")
     assert group.join() == [0] * world, group.output()
     assert (folder / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
