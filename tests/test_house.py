@@ -15,10 +15,10 @@ TOP_LEVEL = {"pyproject.toml", "README.md", "vlm", "models", "data", "kernels", 
 LONGEST = 500
 
 # Each would let a file that someone was handed run code or load a model's own code, or (the fourth) switch attention
-# to its slow path. Prose (.md) may speak of them; the patterns below do not match themselves.
+# to its slow path. Prose (.md) may speak of them, and tests may set the traps that the program must not step into.
 FORBIDDEN = {
     "unpickling": r"\b(c?pickle|dill|joblib|marshal)\.(load|loads|Unpickler)\b",
-    "unpickling under another name": r"from (c?pickle|dill|joblib|marshal) import",
+    "unpickling under another name": r"from (c?pickle|dill|joblib|marshal) import (?!UnpicklingError\b)",
     "numpy's unpickling": r"allow_pickle\s*=\s*True",
     "attention maps of every layer": r"output_attentions[\"']?\s*[:=]\s*[Tt]rue",
     "the hub's own code": r"trust_remote_code[\"']?\s*[:=]\s*[Tt]rue",
@@ -68,7 +68,7 @@ def test_the_names_at_the_top():
 
 @pytest.mark.parametrize("what", FORBIDDEN)
 def test_forbidden_calls(what: str):
-    code = {name: text for name, text in texts().items() if not name.endswith(".md")}
+    code = {name: text for name, text in texts().items() if not name.endswith(".md") and not name.startswith("tests/")}
     assert {name: found for name, text in code.items() if (found := matches(FORBIDDEN[what], text))} == {}
 
 

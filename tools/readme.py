@@ -1,7 +1,7 @@
 """Writes the generated parts of README.md: the table of methods and the results of the Scenes run.
 
-    python tools/readme.py                       the table of methods
-    python tools/readme.py runs/scenes           and the results of that run's evaluation.json
+python tools/readme.py                       the table of methods
+python tools/readme.py runs/scenes           and the results of that run's evaluation.json
 """
 
 import json

@@ -164,7 +164,7 @@ class Save(Callback):
     def save(self, trainer: Trainer, done: int) -> None:
         """Save the state after ``done`` steps. Raises TrainingError, on all ranks, when it cannot be written."""
         path = self.folder / f"stage{self.stage}-{self.name}-step{done:08d}.ckpt"
-        trainer.save_checkpoint(path, weights_only=False)
+        trainer.save_checkpoint(path)
         if failure := gather(self.files.failure)[0]:
             last = newest(self.folder)
             left = f"the last good one is {last.path}" if last else "there is none before it"

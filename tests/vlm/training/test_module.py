@@ -86,7 +86,7 @@ def measure(ranks: Any, tmp_path: Path) -> Measure:
         path.unlink(missing_ok=True)
         group = ranks(world, stages, f"run.micro_batch={micro}", "run.resume=never", change=_record(path) + change)
         assert group.join() == [0] * world, group.output()
-        return torch.load(path)
+        return torch.load(path, weights_only=True)
 
     return call
 
@@ -226,7 +226,7 @@ def test_gradients_reach_every_part_under_a_pruner_and_do_not_depend_on_the_layo
     assert any(not torch.equal(gradient, found[1][name]) for name, gradient in found[0].items())
     group = ranks(2, CHAT, prune, "run.micro_batch=1", change=_record(tmp_path / "g.pt"))  # some of text alone
     assert group.join() == [0, 0], group.output()
-    assert_equal(torch.load(tmp_path / "g.pt"), found[0])
+    assert_equal(torch.load(tmp_path / "g.pt", weights_only=True), found[0])
 
 
 @pytest.mark.parametrize("keep", ["25%", "9"])
