@@ -34,8 +34,12 @@ def methods_table() -> str:
 
 
 def results_table(evaluation: dict[str, Any]) -> str:
-    """The main numbers of an evaluation, as Markdown; rates in percent."""
+    """The main numbers of an evaluation with date and versions, as Markdown; rates in percent."""
+    packages = ", ".join(f"{name} {evaluation['versions'][name]}" for name in ("torch", "transformers", "lightning"))
     rows = [
+        f"`vlm run recipes/{evaluation['name']}.yaml` on two CPU cores, {evaluation['created'][:10]}, {packages}.",
+        "Accuracy, CHAIRs and recall in percent, CHAIRs with its 95 % interval; FLOPs of a prompt against plain.",
+        "",
         "| | POPE random | popular | adversarial | CHAIRs | recall | words | CHAIRs counterfactual | FLOPs |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
