@@ -153,6 +153,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the table, as Markdown")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     name = arguments.device
@@ -174,8 +175,8 @@ def main() -> None:
         "",
     ]
     text = "\n".join([*head, *table(rows)]) + "\n"
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(text)
+    arguments.out.parent.mkdir(exist_ok=True)
+    arguments.out.write_text(text)
     print(text)
 
 
