@@ -24,6 +24,11 @@ def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     return load_tokenizer(name)
 
 
+def device() -> torch.device:
+    """Where a model is evaluated: the first GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that fills rows; any will do for a tokenizer without one, because padding is never seen."""
     found = tokenizer.pad_token_id

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from vlm.build import build_encoder, build_model, build_tokenizer
+from vlm.build import build_encoder, build_model, build_tokenizer, device
 from vlm.data.errors import DataError
 from vlm.evaluation.answer import Asker, Prompt
 from vlm.evaluation.evaluate import program_of
@@ -19,7 +19,7 @@ def generate(recipe: Recipe, image: Path, prompt: str, max_new_tokens: int = 64)
     tokenizer = build_tokenizer(recipe)
     model = build_model(recipe, tokenizer)
     trained_weights(recipe, model)
-    model.eval()
+    model.to(device()).eval()
     asker = Asker(model, tokenizer, build_encoder(recipe, model, tokenizer), lambda key: Path(key).read_bytes(), 1)
     asked = Prompt(str(image), prompt, max_new_tokens)
     with attach(model, program_of(model, Comparison(prune=recipe.prune, mitigate=recipe.mitigate))):

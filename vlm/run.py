@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from vlm.build import build_model, build_tokenizer, make_data
+from vlm.build import build_model, build_tokenizer, device, make_data
 from vlm.evaluation.evaluate import evaluate
 from vlm.models.program.attach import check
 from vlm.plan import programs_of, table
@@ -73,7 +73,9 @@ def _train_and_evaluate(recipe: Recipe, folder: Path, parts: Sequence[str]) -> N
     if "train" in parts:
         train(recipe, model, tokenizer)
     if "evaluate" in parts and is_first_rank():
-        evaluate(recipe, model, tokenizer, trained_weights(recipe, model))
+        weights = trained_weights(recipe, model)
+        print(f"Evaluating {weights}")  # the newest checkpoint, be it of a run that is not done yet
+        evaluate(recipe, model.to(device()), tokenizer, weights)
         print("\n".join(found(folder)))
 
 
