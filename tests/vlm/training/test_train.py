@@ -36,7 +36,7 @@ def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
 
 
 def ids_of(scenes: Path, steps: range, seed: int = 3) -> list[str]:
-    """The keys of the global batches of some steps of the first stage."""
+    """The keys of the global batches of some steps; the second stage's seed is one more than the first's."""
     store = Store(load_manifest(scenes / "train"))
     order = Order([len(store)], [1.0], seed)
     return [store.key(order.at(position).number) for position in range(8 * steps.start, 8 * steps.stop)]
@@ -87,6 +87,14 @@ def test_what_is_logged(train: Any, seen: list[tuple[list[str], float, float]]) 
     assert len({weight for _, _, weight in seen}) > 2  # a mean of means would be another number
     assert (first["lr"], last["lr"]) == ({"connector": 0.01, "language": 0.02}, {"connector": 0.005, "language": 0.01})
     assert first["seconds"] < last["seconds"]
+
+
+def test_each_stage_reads_the_data_in_an_order_of_its_own(train: Any, scenes: Path) -> None:
+    trace = lines(train(), "samples.jsonl")
+    for stage, steps in ((0, 6), (1, 10)):
+        ids = [line["ids"] for line in trace if line["stage"] == stage]
+        assert [len(batch) for batch in ids] == [8] * steps
+        assert [key for batch in ids for key in batch] == ids_of(scenes, range(steps), seed=3 + stage)
 
 
 def test_what_two_processes_log_is_of_both(train: Any, ranks: Any, tmp_path: Path) -> None:
