@@ -56,7 +56,7 @@ def _sample(key: str, scene: Scene, picture: bytes, chat: Sequence[text.Exchange
     for turn, exchange in enumerate(chat):
         shown = (Part("image", ref=0),) if turn == 0 else ()
         messages.append(Message("user", (*shown, Part("text", text=exchange.prompt))))
-        messages.append(Message("assistant", (Part("text", text=exchange.answer),)))
+        messages.append(Message("assistant", (Part("text", text=exchange.answer),), weight=exchange.weight))
     return Sample(
         key=key,
         messages=tuple(messages),

@@ -23,6 +23,7 @@ QUESTION = "Is there {} in the image?"
 CAPTIONS = 0.6
 FULL_CAPTIONS = 0.7
 QUESTIONS = 3  # to one picture
+ANSWER_WEIGHT = 4.0  # the loss is per token: one word of answer would drown in captions of fifteen
 YES = 0.5
 SYNONYM = 0.1
 BRIEF_MOST = 2
@@ -38,6 +39,7 @@ class Exchange:
 
     prompt: str
     answer: str
+    weight: float = 1.0  # of the answer's tokens in the loss
 
 
 def mention(number: int, rng: np.random.Generator) -> str:
@@ -70,7 +72,7 @@ def questions(scene: Scene, rng: np.random.Generator, count: int = 1) -> tuple[E
         answer = bool(rng.random() < YES)
         candidates = [n for n in range(len(CLASSES)) if (n in present) == answer and n not in asked]
         asked.append(candidates[rng.integers(len(candidates))])
-        exchanges.append(Exchange(QUESTION.format(mention(asked[-1], rng)), "yes" if answer else "no"))
+        exchanges.append(Exchange(QUESTION.format(mention(asked[-1], rng)), "yes" if answer else "no", ANSWER_WEIGHT))
     return tuple(exchanges)
 
 
