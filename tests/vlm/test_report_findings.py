@@ -115,7 +115,7 @@ def test_the_interval_of_chair_i_is_used_where_it_is_given():
 
 
 def test_positions_that_few_captions_reach_say_nothing():
-    scores = chair(0.2, positions=(0.1, 0.2, 1.0)) | {"by_position_n": [90, 20, 19]}
+    scores = chair(0.2, positions=(0.1, 0.2, 1.0)) | {"by_position_n": [90, 50, 49]}
     assert said(evaluate(result("plain", chair=scores)))[0].endswith("to 0.20 for number 2.")
 
 

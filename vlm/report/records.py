@@ -15,7 +15,7 @@ Rate = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Interval = tuple[Rate, Rate]
 
-FEWEST = 20  # captions that a position in the caption needs to be shown: five points each at most
+FEWEST = 50  # captions that a position in the caption needs to be shown: two points each at most
 
 
 class Value(BaseModel):
