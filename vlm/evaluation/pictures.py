@@ -52,7 +52,7 @@ def draw_pictures(
 ) -> dict[str, Any]:
     """The first pictures of the first benchmark that asks for descriptions, seen under every row."""
     bench = next((bench for bench in benches if hasattr(bench.benchmark, "mentions")), None)
-    if bench is None:
+    if bench is None or not recipe.evaluate.pictures:
         return {"items": []}
     chosen = list(range(min(recipe.evaluate.pictures, len(bench.questions))))
     prompts = [bench.prompts[i] for i in chosen]
