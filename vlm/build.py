@@ -11,9 +11,11 @@ from vlm.create import create
 from vlm.data.chat import TEMPLATES, ChatEncoder
 from vlm.data.images import ImageTransform
 from vlm.models.language import build_language, load_language, load_tokenizer
+from vlm.models.program.program import Decoder, Program
 from vlm.models.splice import IMAGE_TOKEN
 from vlm.models.vision_language import VisionLanguageModel
 from vlm.recipe import Recipe, RecipeError
+from vlm.recipe.schema import Comparison
 
 
 def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -68,6 +70,13 @@ def build_encoder(
     if name not in TEMPLATES:
         raise RecipeError(f"model.template: expected one of {', '.join(TEMPLATES)}; found {name!r}")
     return ChatEncoder(tokenizer, TEMPLATES[name], IMAGE_TOKEN, transform, recipe.model.max_tokens, drop_image)
+
+
+def program_of(row: Comparison, decoder: Decoder) -> Program:
+    """The program of one row of a comparison: its pruner, then its mitigators."""
+    methods: list[Any] = [create("prune", row.prune)] if row.prune else []
+    methods += [create("mitigate", method) for method in row.mitigate]
+    return tuple(pair for method in methods for pair in method.program(decoder))
 
 
 def make_data(recipe: Recipe, progress: Any = None) -> Path | None:

@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-from vlm.build import build_encoder, build_model, build_tokenizer, device
+from vlm.build import build_encoder, build_model, build_tokenizer, device, program_of
 from vlm.data.errors import DataError
 from vlm.evaluation.answer import Asker, Prompt
-from vlm.evaluation.evaluate import program_of
 from vlm.models.program.attach import attach
 from vlm.recipe import Recipe
 from vlm.recipe.schema import Comparison
@@ -22,5 +21,5 @@ def generate(recipe: Recipe, image: Path, prompt: str, max_new_tokens: int = 64)
     model.to(device()).eval()
     asker = Asker(model, tokenizer, build_encoder(recipe, model, tokenizer), lambda key: Path(key).read_bytes(), 1)
     asked = Prompt(str(image), prompt, max_new_tokens)
-    with attach(model, program_of(model, Comparison(prune=recipe.prune, mitigate=recipe.mitigate))):
+    with attach(model, program_of(Comparison(prune=recipe.prune, mitigate=recipe.mitigate), model.decoder_facts)):
         return asker([asked], lambda count: None)[asked]

@@ -2,11 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from vlm.build import build_model, build_tokenizer
+from vlm.build import build_model, build_tokenizer, program_of
 from vlm.create import check as check_methods
-from vlm.create import create
 from vlm.data.index import load_manifest
 from vlm.data.stream import legal_worlds
 from vlm.evaluation.cost import layer_flops
@@ -23,12 +21,7 @@ TEXT_TOKENS = 64  # a typical prompt, for the FLOPs of a row
 def programs_of(recipe: Recipe, decoder: Decoder) -> dict[str, Program]:
     """Every program that the recipe will attach, by the title of its row."""
     rows = (Comparison(prune=recipe.prune, mitigate=recipe.mitigate, label="the recipe's own"), *recipe.comparisons)
-    programs = {}
-    for row in rows:
-        methods: list[Any] = [create("prune", row.prune)] if row.prune else []
-        methods += [create("mitigate", method) for method in row.mitigate]
-        programs[row.title] = tuple(pair for method in methods for pair in method.program(decoder))
-    return programs
+    return {row.title: program_of(row, decoder) for row in rows}
 
 
 def plan(recipe: Recipe) -> str:

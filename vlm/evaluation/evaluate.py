@@ -9,26 +9,18 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from vlm.build import build_encoder
+from vlm.build import build_encoder, program_of
 from vlm.create import create
 from vlm.data.benchmarks._shared.images import ImageSource
 from vlm.evaluation.answer import Asker, Prompt
 from vlm.evaluation.cost import prompt_cost
 from vlm.evaluation.pictures import draw_pictures
 from vlm.models.program.attach import attach
-from vlm.models.program.program import Program
 from vlm.models.vision_language import VisionLanguageModel
 from vlm.progress import Progress
 from vlm.recipe import Recipe
 from vlm.recipe.schema import Comparison
 from vlm.training.train import versions
-
-
-def program_of(model: VisionLanguageModel, row: Comparison) -> Program:
-    """The program of one row: its pruner, then its mitigators."""
-    methods: list[Any] = [create("prune", row.prune)] if row.prune else []
-    methods += [create("mitigate", method) for method in row.mitigate]
-    return tuple(pair for method in methods for pair in method.program(model.decoder_facts))
 
 
 class Bench:
@@ -75,7 +67,7 @@ def evaluate(recipe: Recipe, model: VisionLanguageModel, tokenizer: PreTrainedTo
     results = []
     plain: dict[str, dict[str, str]] = {}  # the answers without any method, which the others are paired with
     for row in rows:
-        with attach(model, program_of(model, row)):
+        with attach(model, program_of(row, model.decoder_facts)):
             result, answers = _evaluate_row(row, model, benches, plain, tick)
         results.append(result)
         if row.prune is None and not row.mitigate:
@@ -90,7 +82,7 @@ def evaluate(recipe: Recipe, model: VisionLanguageModel, tokenizer: PreTrainedTo
     }
     path = folder / "evaluation.json"
     path.write_text(json.dumps(facts, indent=1))
-    pictures = draw_pictures(recipe, rows, benches, model, program_of)
+    pictures = draw_pictures(recipe, rows, benches, model)
     (folder / "pictures.json").write_text(json.dumps(pictures))
     return path
 

@@ -2,13 +2,13 @@
 
 import base64
 import io
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from vlm.build import program_of
 from vlm.evaluation.answer import Asker, Prompt
 from vlm.models.program.attach import attach
 from vlm.models.program.decode import generate, open_streams
@@ -48,7 +48,6 @@ def draw_pictures(
     rows: tuple[Any, ...],
     benches: list[Any],
     model: VisionLanguageModel,
-    program_of: Callable[[VisionLanguageModel, Any], Program],
 ) -> dict[str, Any]:
     """The first pictures of the first benchmark that asks for descriptions, seen under every row."""
     bench = next((bench for bench in benches if hasattr(bench.benchmark, "mentions")), None)
@@ -56,7 +55,7 @@ def draw_pictures(
         return {"items": []}
     chosen = list(range(min(recipe.evaluate.pictures, len(bench.questions))))
     prompts = [bench.prompts[i] for i in chosen]
-    views = [_view(row, model, bench, prompts, program_of(model, row)) for row in rows]
+    views = [_view(row, model, bench, prompts, program_of(row, model.decoder_facts)) for row in rows]
     items = []
     for i in chosen:
         question = bench.questions[i]
