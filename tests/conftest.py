@@ -22,6 +22,8 @@ import torch
 from beartype import beartype
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined; on a GPU kernels run as compiled
 
 
 def names_a_shape(hint: Any) -> bool:

@@ -1,35 +1,75 @@
 """The definition of grouped-mass attention in plain PyTorch: any float type, any device, differentiable."""
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from vlm.kernels.grouped_mass.rules import Rule
-from vlm.kernels.visibility import repeat_kv, visible
+from vlm.kernels.visibility import Operands
+
+CHUNK = 128  # rows
 
 
-def grouped_mass_reference(
-    q: Float[Tensor, "batch heads rows dim"],
-    k: Float[Tensor, "batch kv_heads keys dim"],
-    v: Float[Tensor, "batch kv_heads keys value_dim"],
-    group_ids: Int[Tensor, "batch keys"],
-    rule: Rule,
-    row_sel: Bool[Tensor, "batch rows"],
-    causal: bool,
-    key_valid: Bool[Tensor, "batch keys"] | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    accumulator = torch.promote_types(q.dtype, torch.float32)
-    scores = (q @ repeat_kv(k, q.shape[1]).transpose(-1, -2)).to(accumulator) * scale  # [B,H,Q,K]
-    seen = visible(q.shape[2], k.shape[2], causal, key_valid, q.device)
-    scores = scores.masked_fill(~seen, float("-inf"))
-    lse = scores.logsumexp(-1)  # [B,H,Q], -inf for a row that sees nothing
-    safe = torch.where(lse.isinf(), torch.zeros_like(lse), lse)
-    weights = torch.exp(scores - safe[..., None])  # [B,H,Q,K]
+class Grouping(NamedTuple):
+    """What grouped-mass attention knows beyond attention: groups, the rule, where it acts, and the map of scores."""
 
-    membership = torch.nn.functional.one_hot(group_ids, rule.groups).to(accumulator)  # [B,K,G]
-    mass = torch.einsum("bhqk,bkg->bhqg", weights, membership)
-    coefficient = rule(mass, row_sel)
-    weights = weights * torch.einsum("bhqg,bkg->bhqk", coefficient, membership)
-    out = weights.to(v.dtype) @ repeat_kv(v, q.shape[1])
+    group_ids: Int[Tensor, "batch one_or_heads keys"]
+    rule: Rule
+    row_sel: Bool[Tensor, "batch rows"]
+    gamma: Float[Tensor, "heads groups"] | None
+    beta: Float[Tensor, "heads groups"] | None
+    key_bias: Float[Tensor, "batch one_or_heads keys"] | None
+    stop_rule: bool  # whether coefficients count as constants in the backward
+
+    @property
+    def maps_scores(self) -> bool:
+        return self.gamma is not None or self.beta is not None or self.key_bias is not None
+
+
+def grouped_mass_reference(x: Operands, grouping: Grouping) -> tuple[Tensor, Tensor, Tensor]:
+    return _some_rows(x, grouping, slice(None))
+
+
+def grouped_mass_torch(x: Operands, grouping: Grouping) -> tuple[Tensor, Tensor, Tensor]:
+    """The reference a few rows at a time, recomputed in the backward: chunk x keys of memory, never rows x keys."""
+    starts = range(0, x.q.shape[2], CHUNK)
+    parts = [checkpoint(_some_rows, x, grouping, slice(s, s + CHUNK), use_reentrant=False) for s in starts]
+    if not parts:
+        return grouped_mass_reference(x, grouping)
+    out, mass, lse = (torch.cat(each, 2) for each in zip(*parts, strict=True))
     return out, mass, lse
+
+
+def _some_rows(x: Operands, grouping: Grouping, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+    assert x.v is not None
+    heads, groups = x.q.shape[1], grouping.rule.groups
+    row_sel = grouping.row_sel[:, rows]
+    scores = x.scores(rows)  # [B,H,Q,K], -inf where hidden
+    membership = torch.nn.functional.one_hot(grouping.group_ids.long(), groups).to(scores.dtype)  # [B,1 or H,K,G]
+    membership = membership.expand(-1, heads, -1, -1)
+    if grouping.maps_scores:
+        scores = torch.where(row_sel[:, None, :, None], _mapped(scores, grouping, membership), scores)
+    lse = scores.logsumexp(-1)  # [B,H,Q], -inf for a row that sees nothing
+    weights = torch.exp(scores - torch.where(lse.isinf(), 0, lse)[..., None])  # [B,H,Q,K]
+
+    mass = weights @ membership  # [B,H,Q,G]
+    coefficient = grouping.rule(mass.detach() if grouping.stop_rule else mass, row_sel)
+    weights = weights * (coefficient @ membership.transpose(-1, -2))
+    return weights.to(x.v.dtype) @ x.per_head(x.v), mass, lse
+
+
+def _mapped(scores: Tensor, grouping: Grouping, membership: Tensor) -> Tensor:
+    """s + gamma |s| + beta + bias with the gamma and beta of each key's group; -inf stays."""
+    hidden, s = scores.isinf(), scores.masked_fill(scores.isinf(), 0)
+    of_key = lambda table: torch.einsum("bhkg,hg->bhk", membership, table.to(s.dtype))[:, :, None]  # noqa: E731
+    mapped = s
+    if grouping.gamma is not None:
+        mapped = mapped + of_key(grouping.gamma) * s.abs()
+    if grouping.beta is not None:
+        mapped = mapped + of_key(grouping.beta)
+    if grouping.key_bias is not None:
+        mapped = mapped + grouping.key_bias.to(s.dtype)[:, :, None]
+    return mapped.masked_fill(hidden, float("-inf"))

@@ -3,8 +3,12 @@
 A rule sees ``mass [B,H,Q,G]`` (how much attention each group got in each row; sums to 1 over G) and
 ``rows [B,Q]`` (where it may act) and returns ``coefficient [B,H,Q,G]`` with which each group's share of the
 output is multiplied. 1 everywhere leaves attention as it was.
+
+Any callable with ``groups`` is a rule. The classes of this file are those that a fused kernel knows in closed form;
+every other one runs between the two passes of :mod:`vlm.kernels.grouped_mass.two_pass`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,10 +18,12 @@ from torch import Tensor
 
 # Groups by convention; 4 and above are free for a method's own use.
 TEXT, VISUAL, VISUAL_SINK, TEXT_SINK = 0, 1, 2, 3
+MOST_GROUPS = 8
+LEAST_MASS = 1e-6  # a group with less mass than this is not scaled up: its share is rounding
 
 
 class Rule(Protocol):
-    """``groups`` is the number of key groups the rule tells apart."""
+    """``groups`` is the number of key groups the rule tells apart, at most 8."""
 
     @property
     def groups(self) -> int: ...
@@ -39,32 +45,111 @@ class Neutral:
         return torch.ones_like(mass)
 
 
-@dataclass(frozen=True)
-class VisualRedistribution:
-    """VAR: move a part of the attention that sinks attract to the other visual tokens.
+@dataclass(frozen=True, eq=False)
+class Static:
+    """The same coefficients in every selected row: amplify or silence groups after the softmax.
 
-    Source: "See What You Are Told: Visual Attention Sink in Large Multimodal Models" (ICLR 2025), section 5.
-    A row of a head acts when the image gets at least ``image_min`` of its attention
-    and at least ``rho`` of that goes to visual tokens that are no sinks. Then ``taken`` of the mass of all
-    sinks moves to the other visual tokens in proportion. Mass is conserved, so rows still sum to one.
+    ``gains`` is [groups] or, for gains that differ by head, [heads, groups]. With ``renormalise`` the weights of a
+    row sum to one again, which equals adding log gain to the scores of the group (ZeroTuning, ICLR 2026).
     """
 
-    taken: float = 0.6
-    rho: float = 0.5
-    image_min: float = 0.2
+    gains: Tensor
+    renormalise: bool = False
+
+    @staticmethod
+    def of(gains: Sequence[float] | Sequence[Sequence[float]], renormalise: bool = False) -> "Static":
+        return Static(torch.tensor(gains), renormalise)
+
+    @property
+    def groups(self) -> int:
+        return self.gains.shape[-1]
+
+    def __call__(
+        self, mass: Float[Tensor, "batch heads rows groups"], rows: Bool[Tensor, "batch rows"]
+    ) -> Float[Tensor, "batch heads rows groups"]:
+        gain = self.gains.to(mass)
+        gain = gain[None, :, None, :] if gain.ndim == 2 else gain  # [1,H,1,G] or [G]
+        if self.renormalise:
+            total = (gain * mass).sum(-1, keepdim=True)  # [B,H,Q,1], 0 in a row that sees nothing
+            gain = gain / total.clamp_min(torch.finfo(mass.dtype).tiny)
+        return torch.where(rows[:, None, :, None], gain, torch.ones_like(mass))
+
+
+@dataclass(frozen=True)
+class Redistribution:
+    """Move a part of the mass of some groups to others, in proportion to what each key there has already.
+
+    In a selected row the ``source`` groups keep ``1 - taken`` of their mass and the ``target`` groups get the rest;
+    a row keeps its total. It acts only where the ``watched`` groups together have at least ``watched_min``, the
+    target has at least ``target_share`` of that, and the ``needed`` groups (the source, if empty) have any mass.
+    """
+
+    taken: float
+    source: tuple[int, ...]
+    target: tuple[int, ...]
+    watched: tuple[int, ...] = ()
+    needed: tuple[int, ...] = ()
+    watched_min: float = 0.0
+    target_share: float = 0.0
     groups: int = 4
 
     def __call__(
         self, mass: Float[Tensor, "batch heads rows groups"], rows: Bool[Tensor, "batch rows"]
     ) -> Float[Tensor, "batch heads rows groups"]:
-        visual, sinks = mass[..., VISUAL], mass[..., VISUAL_SINK] + mass[..., TEXT_SINK]
-        image = visual + mass[..., VISUAL_SINK]
-        # No visual sink in this layer means nothing to correct (spec: "select nothing there").
-        acts = (image >= self.image_min) & (visual >= self.rho * image) & (mass[..., VISUAL_SINK] > 0)
-        acts = acts & (visual > 1e-6) & rows[:, None, :]
-        gain = 1 + self.taken * sinks / visual.clamp_min(1e-6)
-        coefficient = torch.ones_like(mass)
-        coefficient[..., VISUAL] = torch.where(acts, gain, torch.ones_like(gain))
-        for sink in (VISUAL_SINK, TEXT_SINK):
-            coefficient[..., sink].masked_fill_(acts, 1 - self.taken)
-        return coefficient
+        of = lambda groups: sum((mass[..., g] for g in groups), torch.zeros_like(mass[..., 0]))  # noqa: E731
+        source, target, watched = of(self.source), of(self.target), of(self.watched)
+        acts = (watched >= self.watched_min) & (target >= self.target_share * watched)
+        acts = acts & (of(self.needed or self.source) > 0) & (target > LEAST_MASS) & rows[:, None, :]
+        gain = 1 + self.taken * source / target.clamp_min(LEAST_MASS)
+        one = torch.ones_like(gain)
+        by_group = [one] * self.groups
+        for group in self.target:
+            by_group[group] = torch.where(acts, gain, one)
+        for group in self.source:
+            by_group[group] = torch.where(acts, one * (1 - self.taken), one)
+        return torch.stack(by_group, -1)
+
+
+def visual_redistribution(taken: float = 0.6, rho: float = 0.5, image_min: float = 0.2) -> Redistribution:
+    """VAR: move a part of the attention that sinks attract to the other visual tokens.
+
+    Source: "See What You Are Told: Visual Attention Sink in Large Multimodal Models" (ICLR 2025), section 5.
+    A row of a head acts when the image gets at least ``image_min`` of its attention and at least ``rho`` of that
+    goes to visual tokens that are no sinks. Then ``taken`` of the mass of all sinks moves to the other visual tokens
+    in proportion. No visual sink in a layer means nothing to correct there.
+    """
+    image = (VISUAL, VISUAL_SINK)
+    return Redistribution(taken, (VISUAL_SINK, TEXT_SINK), (VISUAL,), image, (VISUAL_SINK,), image_min, rho)
+
+
+def sink_calibration(beta: float = 0.4, sink: int = 1, groups: int = 2) -> Redistribution:
+    """ACT: sinks other than the first token keep ``beta`` of their mass; every other key gets its part of the rest.
+
+    Source: "Unveiling and Harnessing Hidden Attention Sinks" (ICML 2024), section 4.
+    """
+    rest = tuple(g for g in range(groups) if g != sink)
+    return Redistribution(1 - beta, (sink,), rest, groups=groups)
+
+
+@dataclass(frozen=True)
+class MassFloor:
+    """Guarantee one group at least ``least`` of each selected row's mass; the others shrink in proportion.
+
+    Where the group has less, its coefficient is least / mass, at most ``most``. Ours: no publication.
+    """
+
+    least: float
+    group: int = VISUAL
+    most: float = 1e4
+    groups: int = 4
+
+    def __call__(
+        self, mass: Float[Tensor, "batch heads rows groups"], rows: Bool[Tensor, "batch rows"]
+    ) -> Float[Tensor, "batch heads rows groups"]:
+        have = mass[..., self.group]
+        acts = (have > LEAST_MASS) & (have < self.least) & rows[:, None, :]
+        gain = torch.where(acts, (self.least / have.clamp_min(LEAST_MASS)).clamp_max(self.most), torch.ones_like(have))
+        # 1 - have is not 0 here: have < least <= 1
+        others = torch.where(acts, (1 - gain * have) / (1 - torch.where(acts, have, 0)), torch.ones_like(have))
+        by_group = [gain if group == self.group else others for group in range(self.groups)]
+        return torch.stack(by_group, -1)

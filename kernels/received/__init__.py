@@ -3,18 +3,24 @@
     r[j] = sum over the chosen rows i of  w[i] * softmax_j(scale * q[i] k^T)
 
 What pruners score visual tokens by: the last row (FastV), all text rows, an observation window (SnapKV).
+The sum as such is known (FlagAttention's total attention, PaddlePaddle's reduced attention scores); here with a subset
+of the rows, weights, GQA, padding, maximum and sum of squares, and a backward.
 """
 
+from typing import Unpack
+
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from vlm.kernels import dispatch
+from vlm.kernels.dispatch import Implementation, lazy
 from vlm.kernels.received.reference import received_reference
-from vlm.kernels.visibility import check_heads
+from vlm.kernels.visibility import Common, check, operands
 
-IMPLEMENTATIONS = (dispatch.Implementation("reference", received_reference),)
+NAME = "received_attention"
 REDUCTIONS = ("sum", "max", "sumsq")
+IMPLEMENTATIONS = (Implementation("reference", received_reference),)
 
 
 def received_attention(
@@ -24,42 +30,39 @@ def received_attention(
     rows: Int[Tensor, "batch chosen"],
     *,
     row_weight: Float[Tensor, "batch chosen"] | None = None,
-    causal: bool = True,
-    key_valid: Bool[Tensor, "batch keys"] | None = None,
     reduce: str = "sum",
-    scale: float | None = None,
+    differentiable: bool = False,
     impl: str = "auto",
+    **common: Unpack[Common],
 ) -> Float[Tensor, "batch heads keys"]:
     """How much attention each key receives from the chosen rows.
 
     Args:
         lse: natural log-sum-exp of every row, from the forward pass; ``None`` computes it for the chosen rows.
-        rows: indices of the chosen rows; -1 marks an unused place.
+        rows: indices of the chosen rows; -1 marks an unused place. A row may be chosen more than once.
         row_weight: weight of each chosen row, not negative; 1 by default.
-        causal: row i sees key j iff j <= i + keys - rows.
-        key_valid: False hides a key from every row (padding on either side).
-        reduce: ``"sum"`` of w p, ``"max"`` of p, or ``"sumsq"``, the sum of w p^2, over the chosen rows.
+        reduce: ``"sum"`` of w p, ``"max"`` of p over rows of weight above 0, or ``"sumsq"``, the sum of w p^2.
+        differentiable: whether gradients flow to q, k and lse; without, the result is detached.
+        **common: see :class:`~vlm.kernels.visibility.Common`.
 
     Returns:
-        [batch, heads, keys] in fp32 or better. With ``"sum"`` it sums over keys to the sum of the row weights.
+        [batch, heads, keys] in fp32 (fp64 for fp64 inputs). With ``"sum"`` it sums over keys to the sum of the
+        weights of the chosen rows that see a key.
 
     Raises:
         ValueError: shapes that do not fit, a row out of range, an unknown ``reduce``, or an ``impl`` that
             cannot run here.
     """
-    check_heads("received_attention", q, k, key_valid)
+    x = operands(NAME, q, k, None, common)
     if reduce not in REDUCTIONS:
-        raise ValueError(f"received_attention: reduce must be one of {', '.join(REDUCTIONS)}; found {reduce!r}")
-    if rows.numel() and not -1 <= int(rows.min()) <= int(rows.max()) < q.shape[2]:
-        low, high = int(rows.min()), int(rows.max())
-        raise ValueError(f"received_attention: rows must be -1..{q.shape[2] - 1}; found {low}..{high}")
+        raise ValueError(f"{NAME}: reduce must be one of {', '.join(REDUCTIONS)}; found {reduce!r}")
+    look = common.get("validate", True)
+    check(NAME, "rows", rows, (q.shape[0], *rows.shape[1:2]), q.device, *((-1, q.shape[2] - 1) if look else ()))
     if row_weight is None:
-        row_weight = torch.ones(rows.shape, dtype=torch.float32, device=q.device)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    chosen = dispatch.choose("received_attention", IMPLEMENTATIONS, impl, q.device)
-    return chosen.run(q, k, lse, rows.long(), row_weight, causal, key_valid, reduce, scale)
-
-
-def explain(device: torch.device) -> dispatch.Choice:
-    """Which implementation would run on ``device`` and why the others would not."""
-    return dispatch.explain("received_attention", IMPLEMENTATIONS, device)
+        row_weight = torch.ones(rows.shape, dtype=x.accumulator, device=q.device)
+    check(NAME, "row_weight", row_weight, tuple(rows.shape), q.device)
+    if lse is not None:
+        check(NAME, "lse", lse, tuple(q.shape[:3]), q.device)
+    with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+        chosen = dispatch.choose(NAME, IMPLEMENTATIONS, impl, dispatch.Call.of(q, k, None, lse, reduce=reduce))
+        return chosen.run(x, lse, rows.long(), row_weight, reduce)

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from vlm.kernels.grouped_mass.rules import TEXT, TEXT_SINK, VISUAL, VISUAL_SINK, VisualRedistribution
+from vlm.kernels.grouped_mass.rules import TEXT, TEXT_SINK, VISUAL, VISUAL_SINK, Redistribution, visual_redistribution
 from vlm.models.errors import ModelError
 from vlm.models.program.program import Decoder, Keys, Peak, Program, Regroup, attn
 
@@ -43,11 +43,11 @@ class Var:
         if foreign := [d for d in self.dims if not 0 <= d < decoder.width]:
             raise ModelError(f"var.dims: the language model has dimensions 0..{decoder.width - 1}; found {foreign[0]}")
         moved = self.taken if self.semantics == "paper" else 1 - self.taken
-        rule = VisualRedistribution(moved, self.rho, self.image_min)
+        rule = visual_redistribution(moved, self.rho, self.image_min)
         layers = range(2, decoder.layers - self.skip_last)
         return tuple((attn(layer), self._regroup(Peak(layer, self.dims), rule)) for layer in layers if moved > 0)
 
-    def _regroup(self, peak: Peak, rule: VisualRedistribution) -> Regroup:
+    def _regroup(self, peak: Peak, rule: Redistribution) -> Regroup:
         def groups(keys: Keys) -> Int[Tensor, "batch keys"]:
             sink, visual = keys.signal(peak) > self.tau, keys.layout.visual
             plain = torch.where(visual, VISUAL, TEXT)

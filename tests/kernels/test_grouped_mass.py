@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from vlm.kernels.grouped_mass import grouped_mass_attention
-from vlm.kernels.grouped_mass.rules import TEXT_SINK, VISUAL, VISUAL_SINK, VisualRedistribution
+from vlm.kernels.grouped_mass.rules import TEXT_SINK, VISUAL, VISUAL_SINK, visual_redistribution
 
 shapes = st.tuples(
     st.integers(1, 3),
@@ -42,7 +42,7 @@ def test_neutral_rule_is_sdpa_and_masses_sum_to_one(shape, seed):
 @given(shapes, st.integers(0, 10_000), st.floats(0, 1), st.floats(0, 1), st.floats(0, 0.5))
 def test_var_is_the_matrix_procedure(shape, seed, taken, rho, image_min):
     q, k, v, gid = draw(shape, seed)
-    rule = VisualRedistribution(taken, rho, image_min)
+    rule = visual_redistribution(taken, rho, image_min)
     out, _ = grouped_mass_attention(q, k, v, gid, rule=rule)
     batch, heads, rows, dim = q.shape
     keys = k.shape[2]
@@ -70,7 +70,7 @@ def test_var_is_the_matrix_procedure(shape, seed, taken, rho, image_min):
 def test_rows_outside_the_selection_and_hidden_keys_are_left_alone():
     q, k, v, gid = draw((2, (4, 2), 6, 3, 8), 0)
     row_sel = torch.zeros(2, 6, dtype=torch.bool)
-    out, _ = grouped_mass_attention(q, k, v, gid, rule=VisualRedistribution(), row_sel=row_sel)
+    out, _ = grouped_mass_attention(q, k, v, gid, rule=visual_redistribution(), row_sel=row_sel)
     torch.testing.assert_close(out, grouped_mass_attention(q, k, v, gid)[0])
     valid = torch.ones(2, 9, dtype=torch.bool)
     valid[0, :4] = False  # left padding
@@ -83,7 +83,7 @@ def test_rows_outside_the_selection_and_hidden_keys_are_left_alone():
 def test_gradients_of_every_rule_are_exact():
     q, k, v, gid = draw((1, (2, 1), 3, 2, 4), 3)
     inputs = [x.requires_grad_() for x in (q, k, v)]
-    for rule in ("neutral", VisualRedistribution(image_min=0.0, rho=0.0)):
+    for rule in ("neutral", visual_redistribution(image_min=0.0, rho=0.0)):
         assert torch.autograd.gradcheck(lambda q, k, v, r=rule: grouped_mass_attention(q, k, v, gid, rule=r), inputs)
 
 
@@ -91,7 +91,7 @@ def test_gradients_of_every_rule_are_exact():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"group_ids": torch.zeros(1, 4)}, "group_ids must be"),
+        ({"group_ids": torch.zeros(1, 4)}, "group_ids must have shape"),
         ({"group_ids": torch.full((1, 5), 4)}, "group ids must be 0..3; found 4..4"),
         ({"rule": "vra"}, "rule must be"),
         ({"impl": "cuda"}, "impl must be one of auto, reference"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from vlm.kernels.grouped_mass.rules import Neutral, VisualRedistribution
+from vlm.kernels.grouped_mass.rules import Neutral, visual_redistribution
 from vlm.models.errors import ModelError
 from vlm.models.mitigators.m3id import M3id
 from vlm.models.mitigators.var import Var
@@ -121,7 +121,7 @@ def test_a_regroup_whose_rule_changes_nothing_is_close(make_model, batch):
     model, inputs = make_model(), batch("tt#ttt", "tt", "#t##tt")
     active = Var(tau=3.0).program(model.decoder_facts)[0][1]
     assert isinstance(active, Regroup)
-    op = Regroup(active.groups, VisualRedistribution(taken=0.0), active.needs)
+    op = Regroup(active.groups, visual_redistribution(taken=0.0), active.needs)
     bare, (logits, _) = model(inputs), model.prefill(inputs)
     with attach(model, ((attn(2), op),)):
         torch.testing.assert_close(model(inputs).hidden, bare.hidden, rtol=0, atol=1e-6)
