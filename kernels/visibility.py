@@ -7,7 +7,7 @@ for FlexAttention, or four integer vectors for a Triton kernel.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -29,7 +29,7 @@ class Common(TypedDict, total=False):
         (packed samples).
     kv_head_of: [heads], the key/value head that each query head reads; ``h // (heads / kv_heads)`` if not given.
     scale: of the scores; ``dim ** -0.5`` if not given.
-    validate: look at the values of integer arguments, not at their shapes only (waits for the GPU); True unless said
+    validate: look at the values of arguments, not at their shapes and types only (waits for the GPU); True unless said
         otherwise. Values out of range are undefined behaviour without it.
 
     A row that sees no key gives output 0, log-sum-exp -inf, masses 0, and no gradient.
@@ -65,11 +65,6 @@ class Visibility:
     key_position: Int[Tensor, "batch keys"] | None = None
     row_document: Int[Tensor, "batch rows"] | None = None
     key_document: Int[Tensor, "batch keys"] | None = None
-
-    @property
-    def plain(self) -> bool:
-        """Whether it is no mask at all, or a triangle aligned top left: what SDPA does without a mask."""
-        return self.by_index and (not self.causal or self.rows == self.keys or (self.rows == 1 and self.keys > 0))
 
     @property
     def by_index(self) -> bool:
@@ -110,6 +105,22 @@ class Visibility:
         key_position = key_position.expand(len(rows), -1)
         picked = (take(row_position), key_position, take(self.row_document), self.key_document)
         return Visibility(rows.shape[1], self.keys, self.causal, self.device, valid, self.key_valid, *picked)
+
+    def count(self, *, causal: bool | None = None) -> Int[Tensor, "one_or_batch rows"]:
+        """How many keys each row sees, found without a rows x keys mask; ``causal=False`` counts later keys as well."""
+        causal = self.causal if causal is None else causal
+        fields = (self.row_valid, self.key_valid, self.row_position, self.row_document)
+        batch = next((len(x) for x in fields if x is not None), 1)
+        if self.keys == 0:
+            return torch.zeros(batch, self.rows, dtype=torch.long, device=self.device)
+        row_position, key_position, row_document, key_document = (x.long() for x in self.codes(batch))
+        # one number per key that orders by document, then position; the keys a row sees are a stretch of them
+        first, last = key_position.amin(), key_position.amax()
+        stretch = last - first + 1
+        ordered = (key_document * stretch + key_position - first).sort(-1).values  # [B,K]
+        end = (row_position.clamp(first - 1, last) if causal else last.expand_as(row_position)) - first  # [B,Q]
+        seen = torch.searchsorted(ordered, row_document * stretch + end, right=True)
+        return seen - torch.searchsorted(ordered, row_document * stretch)
 
     def codes(
         self, batch: int
@@ -174,9 +185,12 @@ class Operands:
         return x[:, self.head_map().long()]
 
     def scores(self, rows: slice = slice(None)) -> Float[Tensor, "batch heads rows_or_fewer keys"]:
-        """Scaled scores with -inf where a key is hidden: rows x keys of memory, for references and small inputs."""
-        scores = (self.q[:, :, rows] @ self.per_head(self.k).transpose(-1, -2)).to(self.accumulator) * self.scale
-        return scores.masked_fill(~self.seen.mask(rows), float("-inf"))
+        """Scaled scores with -inf where a key is hidden: rows x keys of memory, for references and small inputs.
+
+        Low precision is multiplied in fp32, as a fused kernel does: scores rounded to bf16 would be worth two digits.
+        """
+        q, k = self.q[:, :, rows].to(self.accumulator), self.per_head(self.k).to(self.accumulator)
+        return (q @ k.transpose(-1, -2) * self.scale).masked_fill(~self.seen.mask(rows), float("-inf"))
 
 
 def operands(op: str, q: Tensor, k: Tensor, v: Tensor | None, common: Common) -> Operands:
@@ -192,7 +206,7 @@ def operands(op: str, q: Tensor, k: Tensor, v: Tensor | None, common: Common) ->
     heads, kv_heads = q.shape[1], k.shape[1]
     kv_head_of = common.get("kv_head_of")
     if kv_head_of is not None:
-        check(op, "kv_head_of", kv_head_of, (heads,), q.device, 0, kv_heads - 1)
+        check(op, "kv_head_of", kv_head_of, (heads,), q.device, 0, kv_heads - 1, look=common.get("validate", True))
     elif kv_heads == 0 or heads % kv_heads:
         raise ValueError(
             f"{op}: query heads must be a multiple of key heads (or give kv_head_of); found {heads}, {kv_heads}"
@@ -207,21 +221,21 @@ def operands(op: str, q: Tensor, k: Tensor, v: Tensor | None, common: Common) ->
 
 def visibility(op: str, batch: int, rows: int, keys: int, device: torch.device, common: Common) -> Visibility:
     """The visibility that the common keywords describe. Raises ValueError as :func:`operands` does."""
-    row, key = (batch, rows), (batch, keys)
+    row, key, look = (batch, rows), (batch, keys), common.get("validate", True)
     causal, key_valid = bool(common.get("causal", True)), common.get("key_valid")
     if key_valid is not None:
         check(op, "key_valid", key_valid, key, device)
         if key_valid.dtype != torch.bool:
             raise ValueError(f"{op}: key_valid must be bool; found {key_valid.dtype}")
-    q_pos, k_pos = _pair(op, ("q_pos", "k_pos"), row, key, device, common)
-    q_doc, k_doc = _pair(op, ("q_doc", "k_doc"), row, key, device, common, low=0)
+    q_pos, k_pos = _pair(op, ("q_pos", "k_pos"), row, key, device, common, look=False)
+    q_doc, k_doc = _pair(op, ("q_doc", "k_doc"), row, key, device, common, look=look)
     q_len, k_len = common.get("q_len"), common.get("k_len")
     row_valid = None
     if q_len is not None:
-        check(op, "q_len", q_len, (batch,), device, 0, rows)
+        check(op, "q_len", q_len, (batch,), device, 0, rows, look=look)
         row_valid = torch.arange(rows, device=device) < q_len[:, None]
     if k_len is not None:
-        check(op, "k_len", k_len, (batch,), device, 0, keys)
+        check(op, "k_len", k_len, (batch,), device, 0, keys, look=look)
         real = torch.arange(keys, device=device) < k_len[:, None]
         key_valid = real if key_valid is None else key_valid & real
     if q_pos is None and causal and (q_len is not None or k_len is not None):
@@ -256,10 +270,12 @@ def check(
     device: torch.device,
     low: int | None = None,
     high: int | None = None,
+    *,
+    look: bool = True,
 ) -> None:
-    """Refuse an argument of another shape or device or, where bounds are given, with values outside them.
+    """Refuse an argument of another shape or device or, where bounds are given, not integer or outside them.
 
-    Looking at values waits for the device; under CUDA only the shape, type and device are looked at when capturing.
+    Looking at values waits for the device; without ``look`` only the shape, the device and the type are checked.
     """
     if tuple(x.shape) != shape:
         raise ValueError(f"{op}: {name} must have shape {shape}; found {tuple(x.shape)}")
@@ -269,7 +285,7 @@ def check(
         return
     if x.dtype.is_floating_point or x.dtype == torch.bool:
         raise ValueError(f"{op}: {name} must be integer; found {x.dtype}")
-    if not x.numel():
+    if not look or not x.numel():
         return
     least, most = int(x.min()), int(x.max())
     if (low is not None and least < low) or (high is not None and most > high):
@@ -283,17 +299,15 @@ def _pair(
     row: tuple[int, int],
     key: tuple[int, int],
     device: torch.device,
-    common: Any,
-    low: int | None = None,
+    common: Common,
+    look: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
+    """Two arguments that come together: integers, 0 or more if they are looked at."""
     first, second = common.get(names[0]), common.get(names[1])
     if (first is None) != (second is None):
         given, missing = names if second is None else names[::-1]
         raise ValueError(f"{op}: {given} was given without {missing}; both or neither")
     if first is not None and second is not None:
-        check(op, names[0], first, row, device, low)
-        check(op, names[1], second, key, device, low)
-        for name, x in zip(names, (first, second), strict=True):
-            if x.dtype.is_floating_point or x.dtype == torch.bool:
-                raise ValueError(f"{op}: {name} must be integer; found {x.dtype}")
+        check(op, names[0], first, row, device, 0, look=look)
+        check(op, names[1], second, key, device, 0, look=look)
     return first, second

@@ -14,13 +14,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vlm.kernels import dispatch
-from vlm.kernels.dispatch import Implementation
+from vlm.kernels.dispatch import Call, Choice, Implementation, lazy, needs_flex, slow_on_cpu
 from vlm.kernels.grouped_mass.reference import Grouping, grouped_mass_reference, grouped_mass_torch
 from vlm.kernels.grouped_mass.rules import MOST_GROUPS, Neutral, Rule
-from vlm.kernels.visibility import Common, check, operands
+from vlm.kernels.visibility import Common, Operands, check, operands
 
 NAME = "grouped_mass_attention"
 IMPLEMENTATIONS = (
+    Implementation("flex", lazy("vlm.kernels.grouped_mass.flex", "grouped_mass_flex"), needs_flex, slow_on_cpu),
     Implementation("torch", grouped_mass_torch),
     Implementation("reference", grouped_mass_reference),
 )
@@ -63,36 +64,57 @@ def grouped_mass_attention(
         ValueError: shapes, types or devices that do not fit, a group id out of range, a gamma, beta or key_bias
             that is not finite, or an ``impl`` that cannot run here.
     """
-    if isinstance(rule, str):
-        if rule != "neutral":
-            raise ValueError(f"{NAME}: rule must be 'neutral' or a Rule; found {rule!r}")
-        rule = Neutral()
-    if not 1 <= rule.groups <= MOST_GROUPS:
-        raise ValueError(f"{NAME}: a rule has 1..{MOST_GROUPS} groups; found {rule.groups}")
-    if rule_grad not in ("full", "stop"):
-        raise ValueError(f"{NAME}: rule_grad must be 'full' or 'stop'; found {rule_grad!r}")
     x = operands(NAME, q, k, v, common)
     look = common.get("validate", True)
-    batch, heads, rows, keys = *q.shape[:3], k.shape[2]
-    of_each = (batch, heads, keys) if group_ids.ndim == 3 else (batch, keys)
-    check(NAME, "group_ids", group_ids, of_each, q.device, *((0, rule.groups - 1) if look else ()))
-    if row_sel is None:
-        row_sel = torch.ones(batch, rows, dtype=torch.bool, device=q.device)
-    check(NAME, "row_sel", row_sel, (batch, rows), q.device)
-    for name, table in (("gamma", gamma), ("beta", beta)):
-        if table is not None:
-            check(NAME, name, table, (heads, rule.groups), q.device)
-            _finite(name, table, look)
-    if key_bias is not None:
-        check(NAME, "key_bias", key_bias, (batch, 1 if key_bias.shape[1] == 1 else heads, keys), q.device)
-        _finite("key_bias", key_bias, look)
-    groups = group_ids if group_ids.ndim == 3 else group_ids[:, None]
-    grouping = Grouping(groups, rule, row_sel, gamma, beta, key_bias, rule_grad == "stop")
-    call = dispatch.Call.of(q, k, v, gamma, beta, key_bias, grouping=grouping, kv_head_of=x.kv_head_of)
+    grouping = _grouping(x, group_ids, rule, row_sel, (gamma, beta, key_bias), rule_grad, look)
+    call = Call.of(q, k, v, gamma, beta, key_bias, grouping=grouping, kv_head_of=x.kv_head_of)
     out, mass, lse = dispatch.choose(NAME, IMPLEMENTATIONS, impl, call).run(x, grouping)
     return (out, mass, lse) if return_lse else (out, mass)
 
 
-def _finite(name: str, x: Tensor, look: bool) -> None:
-    if look and not bool(x.isfinite().all()):
-        raise ValueError(f"{NAME}: {name} must be finite; found {x[~x.isfinite()][0].item()}")
+def explain(call: Call) -> Choice:
+    """Which implementation ``impl="auto"`` takes for a call, and why not the others."""
+    return dispatch.explain(NAME, IMPLEMENTATIONS, call)
+
+
+def _grouping(
+    x: Operands,
+    group_ids: Tensor,
+    rule: Rule | str,
+    row_sel: Tensor | None,
+    maps: tuple[Tensor | None, Tensor | None, Tensor | None],
+    rule_grad: str,
+    look: bool,
+) -> Grouping:
+    """The checked arguments that plain attention does not have."""
+    rule = _rule(rule)
+    if rule_grad not in ("full", "stop"):
+        raise ValueError(f"{NAME}: rule_grad must be 'full' or 'stop'; found {rule_grad!r}")
+    (batch, heads, rows), keys, device = x.q.shape[:3], x.k.shape[2], x.q.device
+    of_each = (batch, heads, keys) if group_ids.ndim == 3 else (batch, keys)
+    check(NAME, "group_ids", group_ids, of_each, device, 0, rule.groups - 1, look=look)
+    if row_sel is None:
+        row_sel = torch.ones(batch, rows, dtype=torch.bool, device=device)
+    check(NAME, "row_sel", row_sel, (batch, rows), device)
+    if row_sel.dtype != torch.bool:
+        raise ValueError(f"{NAME}: row_sel must be bool; found {row_sel.dtype}")
+    gamma, beta, key_bias = maps
+    of_groups = (heads, rule.groups)
+    of_keys = (batch, 1 if key_bias is not None and key_bias.shape[1:2] == (1,) else heads, keys)
+    for name, table, shape in (("gamma", gamma, of_groups), ("beta", beta, of_groups), ("key_bias", key_bias, of_keys)):
+        if table is not None:
+            check(NAME, name, table, shape, device)
+            if look and not bool(table.isfinite().all()):
+                raise ValueError(f"{NAME}: {name} must be finite; found {table[~table.isfinite()][0].item()}")
+    groups = group_ids if group_ids.ndim == 3 else group_ids[:, None]
+    return Grouping(groups, rule, row_sel, gamma, beta, key_bias, rule_grad == "stop")
+
+
+def _rule(rule: Rule | str) -> Rule:
+    if isinstance(rule, str):
+        if rule != "neutral":
+            raise ValueError(f"{NAME}: rule must be 'neutral' or a Rule; found {rule!r}")
+        return Neutral()
+    if not 1 <= rule.groups <= MOST_GROUPS:
+        raise ValueError(f"{NAME}: a rule has 1..{MOST_GROUPS} groups; found {rule.groups}")
+    return rule

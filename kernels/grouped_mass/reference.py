@@ -5,12 +5,10 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from vlm.kernels.grouped_mass.rules import Rule
+from vlm.kernels.row_chunks import in_row_chunks, softmax
 from vlm.kernels.visibility import Operands
-
-CHUNK = 128  # rows
 
 
 class Grouping(NamedTuple):
@@ -28,6 +26,12 @@ class Grouping(NamedTuple):
     def maps_scores(self) -> bool:
         return self.gamma is not None or self.beta is not None or self.key_bias is not None
 
+    def coefficient(
+        self, mass: Float[Tensor, "batch heads rows groups"], rows: slice = slice(None)
+    ) -> Float[Tensor, "batch heads rows groups"]:
+        """What the rule makes of the masses of ``rows``, a constant in the backward if ``stop_rule``."""
+        return self.rule(mass.detach() if self.stop_rule else mass, self.row_sel[:, rows])
+
 
 def grouped_mass_reference(x: Operands, grouping: Grouping) -> tuple[Tensor, Tensor, Tensor]:
     return _some_rows(x, grouping, slice(None))
@@ -35,29 +39,22 @@ def grouped_mass_reference(x: Operands, grouping: Grouping) -> tuple[Tensor, Ten
 
 def grouped_mass_torch(x: Operands, grouping: Grouping) -> tuple[Tensor, Tensor, Tensor]:
     """The reference a few rows at a time, recomputed in the backward: chunk x keys of memory, never rows x keys."""
-    starts = range(0, x.q.shape[2], CHUNK)
-    parts = [checkpoint(_some_rows, x, grouping, slice(s, s + CHUNK), use_reentrant=False) for s in starts]
-    if not parts:
-        return grouped_mass_reference(x, grouping)
-    out, mass, lse = (torch.cat(each, 2) for each in zip(*parts, strict=True))
+    out, mass, lse = in_row_chunks(lambda rows: _some_rows(x, grouping, rows), x.q.shape[2])
     return out, mass, lse
 
 
 def _some_rows(x: Operands, grouping: Grouping, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
     assert x.v is not None
     heads, groups = x.q.shape[1], grouping.rule.groups
-    row_sel = grouping.row_sel[:, rows]
     scores = x.scores(rows)  # [B,H,Q,K], -inf where hidden
     membership = torch.nn.functional.one_hot(grouping.group_ids.long(), groups).to(scores.dtype)  # [B,1 or H,K,G]
     membership = membership.expand(-1, heads, -1, -1)
     if grouping.maps_scores:
-        scores = torch.where(row_sel[:, None, :, None], _mapped(scores, grouping, membership), scores)
-    lse = scores.logsumexp(-1)  # [B,H,Q], -inf for a row that sees nothing
-    weights = torch.exp(scores - torch.where(lse.isinf(), 0, lse)[..., None])  # [B,H,Q,K]
-
+        acts = grouping.row_sel[:, None, rows, None]  # [B,1,Q,1]
+        scores = torch.where(acts, _mapped(scores, grouping, membership), scores)
+    weights, lse = softmax(scores)  # [B,H,Q,K], [B,H,Q]
     mass = weights @ membership  # [B,H,Q,G]
-    coefficient = grouping.rule(mass.detach() if grouping.stop_rule else mass, row_sel)
-    weights = weights * (coefficient @ membership.transpose(-1, -2))
+    weights = weights * (grouping.coefficient(mass, rows) @ membership.transpose(-1, -2))
     return weights.to(x.v.dtype) @ x.per_head(x.v), mass, lse
 
 

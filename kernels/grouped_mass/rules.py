@@ -56,6 +56,10 @@ class Static:
     gains: Tensor
     renormalise: bool = False
 
+    def __post_init__(self) -> None:
+        if self.gains.ndim not in (1, 2):
+            raise ValueError(f"Static: gains must be [groups] or [heads, groups]; found {tuple(self.gains.shape)}")
+
     @staticmethod
     def of(gains: Sequence[float] | Sequence[Sequence[float]], renormalise: bool = False) -> "Static":
         return Static(torch.tensor(gains), renormalise)
@@ -71,7 +75,7 @@ class Static:
         gain = gain[None, :, None, :] if gain.ndim == 2 else gain  # [1,H,1,G] or [G]
         if self.renormalise:
             total = (gain * mass).sum(-1, keepdim=True)  # [B,H,Q,1], 0 in a row that sees nothing
-            gain = gain / total.clamp_min(torch.finfo(mass.dtype).tiny)
+            gain = gain / torch.where(total > 0, total, 1)
         return torch.where(rows[:, None, :, None], gain, torch.ones_like(mass))
 
 
@@ -82,6 +86,7 @@ class Redistribution:
     In a selected row the ``source`` groups keep ``1 - taken`` of their mass and the ``target`` groups get the rest;
     a row keeps its total. It acts only where the ``watched`` groups together have at least ``watched_min``, the
     target has at least ``target_share`` of that, and the ``needed`` groups (the source, if empty) have any mass.
+    Where it starts to act is a step: no gradient flows through the decision.
     """
 
     taken: float
@@ -92,6 +97,18 @@ class Redistribution:
     watched_min: float = 0.0
     target_share: float = 0.0
     groups: int = 4
+
+    def __post_init__(self) -> None:
+        named = {*self.source, *self.target, *self.watched, *self.needed}
+        if not named <= set(range(self.groups)):
+            raise ValueError(f"Redistribution: groups must be 0..{self.groups - 1}; found {sorted(named)}")
+        if not self.target or set(self.source) & set(self.target):
+            raise ValueError(
+                "Redistribution: source and target must share no group, and target must not be empty; "
+                f"found {self.source}, {self.target}"
+            )
+        if not 0 <= self.taken <= 1:
+            raise ValueError(f"Redistribution: taken must be 0..1; found {self.taken}")
 
     def __call__(
         self, mass: Float[Tensor, "batch heads rows groups"], rows: Bool[Tensor, "batch rows"]
@@ -142,6 +159,12 @@ class MassFloor:
     group: int = VISUAL
     most: float = 1e4
     groups: int = 4
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.group < self.groups:
+            raise ValueError(f"MassFloor: group must be 0..{self.groups - 1}; found {self.group}")
+        if not 0 <= self.least <= 1:
+            raise ValueError(f"MassFloor: least must be 0..1; found {self.least}")
 
     def __call__(
         self, mass: Float[Tensor, "batch heads rows groups"], rows: Bool[Tensor, "batch rows"]
