@@ -124,6 +124,7 @@ class ChatEncoder:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = True
+        self._template_pieces: dict[tuple[str, float], list[_Piece]] = {}  # few texts, asked for in every turn
 
     def __call__(self, sample: Sample, draw: Draw) -> Example:
         """Encode one sample. `draw.rng` decides on dropping images.
@@ -179,7 +180,8 @@ class ChatEncoder:
         """The pieces of each message; what opens the chat belongs to the first."""
         opening = self._written(self.template.bos)
         if self.template.system and not (messages and messages[0].role == "system"):
-            opening += self._turn(key, Message("system", (Part("text", self.template.system),)), with_images)
+            system = Message("system", (Part("text", self.template.system),))
+            opening = [*opening, *self._turn(key, system, with_images)]
         turns = [self._turn(key, message, with_images) for message in messages]
         return [opening + turns[0], *turns[1:]] if turns else [opening]
 
@@ -201,6 +203,11 @@ class ChatEncoder:
 
     def _written(self, text: str, weight: float = 0.0) -> list[_Piece]:
         """Text of the template: special tokens in it are meant."""
+        if (text, weight) not in self._template_pieces:
+            self._template_pieces[text, weight] = self._split_template(text, weight)
+        return self._template_pieces[text, weight]
+
+    def _split_template(self, text: str, weight: float) -> list[_Piece]:
         for mark, token in (("{bos}", self.tokenizer.bos_token), ("{eos}", self.tokenizer.eos_token)):
             text = text.replace(mark, str(token or ""))
         pieces = self._split.split(text) if self._special else [text]

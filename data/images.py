@@ -1,6 +1,7 @@
 """From an RGB picture to the tensor an encoder takes."""
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, get_args
 
 import numpy as np
@@ -48,9 +49,7 @@ class ImageTransform:
     def __call__(self, image: Image.Image) -> Float[Tensor, "3 height width"]:
         """float32 pixels of an RGB picture, normalised."""
         pixels = torch.from_numpy(np.array(self.fit(image), np.uint8)).permute(2, 0, 1).float().div_(255)
-        return (
-            pixels.sub_(torch.tensor(self.mean).view(3, 1, 1)).div_(torch.tensor(self.std).view(3, 1, 1)).contiguous()
-        )
+        return pixels.sub_(_channels(self.mean)).div_(_channels(self.std)).contiguous()
 
     def fit(self, image: Image.Image) -> Image.Image:
         """The resized picture, as the encoder will see it."""
@@ -71,3 +70,8 @@ class ImageTransform:
         canvas = Image.new("RGB", frame, tuple(round(channel * 255) for channel in self.mean))
         canvas.paste(image.resize((width, height), sampling), ((frame[0] - width) // 2, (frame[1] - height) // 2))
         return canvas
+
+
+@cache
+def _channels(values: tuple[float, float, float]) -> Float[Tensor, "3 1 1"]:
+    return torch.tensor(values).view(3, 1, 1)
