@@ -15,12 +15,35 @@ from torch import Tensor
 
 from vlm.kernels import dispatch
 from vlm.kernels.dispatch import Implementation, lazy
-from vlm.kernels.received.reference import received_reference
+from vlm.kernels.received.reference import received_reference, received_torch
 from vlm.kernels.visibility import Common, check, operands
 
 NAME = "received_attention"
 REDUCTIONS = ("sum", "max", "sumsq")
-IMPLEMENTATIONS = (Implementation("reference", received_reference),)
+
+
+def _no_maximum(call: dispatch.Call) -> str | None:
+    if call.more.get("reduce") == "max":
+        return "FlexAttention gives a maximum on CUDA only, and without a gradient"
+    return None
+
+
+IMPLEMENTATIONS = (
+    Implementation(
+        "triton",
+        lazy("vlm.kernels.received.triton_backward", "received_triton"),
+        dispatch.needs_triton,
+        dispatch.only_for_tests,
+    ),
+    Implementation("torch", received_torch),
+    Implementation(
+        "flex",
+        lazy("vlm.kernels.received.flex", "received_flex"),
+        dispatch.any_of(dispatch.needs_flex, _no_maximum),
+        dispatch.slow_on_cpu,
+    ),
+    Implementation("reference", received_reference),
+)
 
 
 def received_attention(
@@ -40,9 +63,11 @@ def received_attention(
     Args:
         lse: natural log-sum-exp of every row, from the forward pass; ``None`` computes it for the chosen rows.
         rows: indices of the chosen rows; -1 marks an unused place. A row may be chosen more than once.
-        row_weight: weight of each chosen row, not negative; 1 by default.
+        row_weight: weight of each chosen row, not negative, a constant for gradients; 1 by default.
         reduce: ``"sum"`` of w p, ``"max"`` of p over rows of weight above 0, or ``"sumsq"``, the sum of w p^2.
-        differentiable: whether gradients flow to q, k and lse; without, the result is detached.
+        differentiable: whether gradients flow to q, k and lse; without, the result is detached. A given lse is an
+            input of its own; its gradient reaches q and k by the way it was made. The gradient of a maximum goes
+            to the first chosen row that attains it.
         **common: see :class:`~vlm.kernels.visibility.Common`.
 
     Returns:
@@ -50,19 +75,30 @@ def received_attention(
         weights of the chosen rows that see a key.
 
     Raises:
-        ValueError: shapes that do not fit, a row out of range, an unknown ``reduce``, or an ``impl`` that
-            cannot run here.
+        ValueError: shapes that do not fit, a row out of range, a weight below 0 or not finite, an unknown
+            ``reduce``, or an ``impl`` that cannot run here.
     """
     x = operands(NAME, q, k, None, common)
     if reduce not in REDUCTIONS:
         raise ValueError(f"{NAME}: reduce must be one of {', '.join(REDUCTIONS)}; found {reduce!r}")
     look = common.get("validate", True)
-    check(NAME, "rows", rows, (q.shape[0], *rows.shape[1:2]), q.device, *((-1, q.shape[2] - 1) if look else ()))
+    if rows.ndim != 2:
+        raise ValueError(f"{NAME}: rows must be [batch, chosen]; found shape {tuple(rows.shape)}")
+    check(NAME, "rows", rows, (q.shape[0], rows.shape[1]), q.device, *((-1, q.shape[2] - 1) if look else ()))
     if row_weight is None:
         row_weight = torch.ones(rows.shape, dtype=x.accumulator, device=q.device)
     check(NAME, "row_weight", row_weight, tuple(rows.shape), q.device)
+    if look and not bool((row_weight.isfinite() & (row_weight >= 0)).all()):
+        raise ValueError(f"{NAME}: row_weight must be finite and not negative; found {row_weight.min().item()}")
     if lse is not None:
         check(NAME, "lse", lse, tuple(q.shape[:3]), q.device)
+    if not q.shape[2]:
+        rows, row_weight = rows[:, :0], row_weight[:, :0]  # every place is unused
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
         chosen = dispatch.choose(NAME, IMPLEMENTATIONS, impl, dispatch.Call.of(q, k, None, lse, reduce=reduce))
-        return chosen.run(x, lse, rows.long(), row_weight, reduce)
+        return chosen.run(x, lse, rows.long(), row_weight.detach().to(x.accumulator), reduce)
+
+
+def explain(call: dispatch.Call) -> dispatch.Choice:
+    """What ``impl="auto"`` runs for ``call`` (``more["reduce"]`` is the reduction), and why the others do not."""
+    return dispatch.explain(NAME, IMPLEMENTATIONS, call)

@@ -5,8 +5,11 @@ from dataclasses import replace
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from vlm.kernels.visibility import Operands
+
+MOST_SCORES = 2**23  # that the chunked version holds at once, over batch and heads
 
 
 def received_reference(
@@ -16,14 +19,64 @@ def received_reference(
     row_weight: Float[Tensor, "batch chosen"],
     reduce: str,
 ) -> Float[Tensor, "batch heads keys"]:
-    heads = x.q.shape[1]
+    attention = attention_of_rows(x, lse, rows)  # [B,H,R,K]
+    weight = row_weight.to(attention.dtype)[:, None, :, None]  # [B,1,R,1]
+    if reduce == "sum":
+        return (attention * weight).sum(2)
+    if reduce == "sumsq":
+        return (attention**2 * weight).sum(2)
+    if not rows.shape[1]:
+        return attention.sum(2)
+    attention = attention * (weight > 0)
+    first = attention.argmax(2, keepdim=True)  # of equal rows the first gets the gradient
+    return attention.gather(2, first).squeeze(2)
+
+
+def received_torch(
+    x: Operands,
+    lse: Float[Tensor, "batch heads rows"] | None,
+    rows: Int[Tensor, "batch chosen"],
+    row_weight: Float[Tensor, "batch chosen"],
+    reduce: str,
+) -> Float[Tensor, "batch heads keys"]:
+    """The reference for a few chosen rows at a time, recomputed in the backward: chunk x keys of memory."""
+    x = replace(x, k=x.k.to(x.accumulator))  # once, not for every chunk
+    scores_of_a_row = x.q.shape[0] * x.q.shape[1] * x.k.shape[2]
+    chunk = max(1, MOST_SCORES // max(1, scores_of_a_row))
+    parts = zip(rows.split(chunk, 1), row_weight.split(chunk, 1), strict=True)
+    received = _part(x, lse, *next(parts), reduce)
+    for some, weight in parts:
+        part = _part(x, lse, some, weight, reduce)
+        received = torch.where(part > received, part, received) if reduce == "max" else received + part
+    return received
+
+
+def attention_of_rows(
+    x: Operands, lse: Float[Tensor, "batch heads rows"] | None, rows: Int[Tensor, "batch chosen"]
+) -> Float[Tensor, "batch heads chosen keys"]:
+    """The attention matrix of the chosen rows; 0 for -1 and for a row that sees nothing or whose lse is -inf."""
     at = rows.clamp_min(0)  # [B,R]; the visibility of a row of -1 hides every key
-    q = x.q.gather(2, at[:, None, :, None].expand(-1, heads, -1, x.q.shape[3]))  # [B,H,R,D]
-    scores = replace(x, q=q, seen=x.seen.pick(rows)).scores()  # [B,H,R,K]
-    norm = scores.logsumexp(-1) if lse is None else lse.to(scores.dtype).gather(2, at[:, None].expand(-1, heads, -1))
-    norm = torch.where(norm.isinf(), torch.zeros_like(norm), norm)  # a row that sees nothing gives nothing
-    attention = torch.exp(scores - norm[..., None])  # [B,H,R,K]
-    weight = row_weight.to(scores.dtype)[:, None, :, None]  # [B,1,R,1]
-    if reduce == "max":
-        return (attention * (weight > 0)).amax(2) if rows.shape[1] else attention.sum(2)
-    return ((attention if reduce == "sum" else attention**2) * weight).sum(2)
+    q = x.q.gather(2, at[:, None, :, None].expand(-1, x.q.shape[1], -1, x.q.shape[3]))  # [B,H,R,D]
+    scores = _scores(q.to(x.accumulator), x)
+    scores = scores.masked_fill(~x.seen.pick(rows).mask(), float("-inf"))
+    norm = scores.logsumexp(-1) if lse is None else lse.to(scores.dtype).gather(2, at[:, None].expand(scores.shape[:3]))
+    norm = norm.masked_fill(norm == float("-inf"), float("inf"))
+    return torch.exp(scores - norm[..., None])
+
+
+def _part(
+    x: Operands, lse: Tensor | None, rows: Tensor, row_weight: Tensor, reduce: str
+) -> Float[Tensor, "batch heads keys"]:
+    run = (x, lse, rows, row_weight, reduce)
+    return checkpoint(received_reference, *run, use_reentrant=False, preserve_rng_state=False)
+
+
+def _scores(
+    q: Float[Tensor, "batch heads chosen dim"], x: Operands
+) -> Float[Tensor, "batch heads chosen keys"]:
+    """Scaled scores, of exact products also for 16-bit inputs."""
+    k = x.k.to(q.dtype)
+    if x.kv_head_of is not None:
+        return q @ x.per_head(k).transpose(-1, -2) * x.scale
+    grouped = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # [B,KV,heads of the group * R,D]: keys stay as they are
+    return (grouped @ k.transpose(-1, -2)).view(*q.shape[:3], k.shape[2]) * x.scale
