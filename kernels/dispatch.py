@@ -147,6 +147,8 @@ def only_for_tests(call: Call) -> str | None:
 
 
 def needs_flex(call: Call) -> str | None:
+    if call.device.type not in ("cpu", "cuda"):
+        return f"FlexAttention is tried on CUDA and on CPUs only; found {call.device.type}"
     if call.device.type == "cpu" and call.grad:
         return "FlexAttention has no backward on a CPU"
     if call.device.type == "cuda" and min(call.dim, call.value_dim) < 16:

@@ -31,6 +31,9 @@ def flex(
     scale: float | None = None,
 ) -> tuple[Float[Tensor, "batch heads rows value_dim"], Float[Tensor, "batch heads rows"]]:
     """``(out, natural log-sum-exp)``. Query heads are a multiple of key heads. A row that sees nothing: 0, -inf."""
+    if not q.shape[2] or not k.shape[2]:  # FlexAttention takes no empty side
+        lse = q.new_full(q.shape[:3], float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32))
+        return q.new_zeros(*q.shape[:3], v.shape[3]), lse
     call = _compiled() if q.is_cuda else flex_attention
     grouped = q.shape[1] != k.shape[1]
     out, aux = call(q, k, v, score_mod, block_mask, scale, grouped, return_aux=AuxRequest(lse=True))

@@ -146,13 +146,11 @@ class Visibility:
     def mask_mod(self, batch: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
         """For FlexAttention: the same mask as a function of (batch, head, row, key) indices."""
         row_position, key_position, row_document, key_document = self.codes(batch)
-        causal = self.causal
-
-        def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            same = row_document[b, i] == key_document[b, j]
-            return same & (key_position[b, j] <= row_position[b, i]) if causal else same
-
-        return seen
+        if not self.causal:
+            return lambda b, h, i, j: row_document[b, i] == key_document[b, j]
+        return lambda b, h, i, j: (
+            (row_document[b, i] == key_document[b, j]) & (key_position[b, j] <= row_position[b, i])
+        )
 
 
 @dataclass(frozen=True)
