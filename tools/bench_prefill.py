@@ -76,7 +76,7 @@ def build(width: int, layers: int, device: torch.device) -> VisionLanguageModel:
     }
     vision = GivenFeatures()
     model = VisionLanguageModel(vision, Mlp(vision.dim, width), build_language(config, VOCABULARY))
-    return model.to(device).eval()
+    return model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
 
 
 def prompt(device: torch.device) -> Inputs:
@@ -84,7 +84,8 @@ def prompt(device: torch.device) -> Inputs:
     tokens = torch.randint(0, VOCABULARY, (1, TEXT + 1), device=device)
     tokens[0, TEXT // 2] = IMAGE_TOKEN
     owner = torch.zeros(1, dtype=torch.long, device=device)
-    return Inputs(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.randn(1, 3, 24, 24, device=device), owner)
+    image = torch.randn(1, 3, 24, 24, device=device)  # its features are given, so its type does not matter
+    return Inputs(tokens, torch.ones_like(tokens, dtype=torch.bool), image, owner)
 
 
 def decoder_flops(model: VisionLanguageModel, visual_tokens: list[float]) -> float:

@@ -262,7 +262,7 @@ def test_methods_as_json_and_as_a_table(capsys: pytest.CaptureFixture[str]):
 
 def test_kernels_and_doctor_say_what_is_here(capsys: pytest.CaptureFixture[str]):
     assert main(["kernels", "--device", "cpu"]) == 0
-    assert "grouped_mass on cpu: reference\n" in capsys.readouterr().out
+    assert "grouped_mass_attention: torch\n" in capsys.readouterr().out
     assert main(["doctor"]) == 0
     report = capsys.readouterr().out
     assert f"{sys.version_info.major}.{sys.version_info.minor}." in report

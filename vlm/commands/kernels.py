@@ -18,11 +18,19 @@ def _kernels(arguments: argparse.Namespace) -> None:
     import torch
 
     import vlm
+    from vlm.kernels.dispatch import Call
 
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    name = str(dtype).removeprefix("torch.")
+    print(f"For {name} on {device}, heads of 64; {'without' if device.type == 'cpu' else 'with'} a GPU.")
     for package in sorted(Path(vlm.__file__).parent.glob("kernels/[!_]*/__init__.py")):
-        name = package.parent.name
-        choice = import_module(f"vlm.kernels.{name}").explain(device)
-        print(f"{name} on {device}: {choice.chosen}")
-        for other, reason in choice.others.items():
+        module = import_module(f"vlm.kernels.{package.parent.name}")
+        if not hasattr(module, "explain"):
+            continue  # parts that operations share
+        forward, training = (module.explain(Call(device, dtype, grad)) for grad in (False, True))
+        print(f"\n{module.NAME}: {forward.chosen}")
+        for other, reason in forward.others.items():
             print(f"  not {other}: {reason}")
+        if training.chosen != forward.chosen:
+            print(f"  with gradients {training.chosen}: {training.others[forward.chosen]}")
