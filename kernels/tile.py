@@ -5,6 +5,7 @@ the API; offsets in int64; lengths not specialised; no atomics, so results are d
 a parameter, so the same kernel runs in fp64 under the interpreter; no autotuning is needed for correctness.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -58,6 +59,11 @@ def accumulator(dtype: torch.dtype) -> Any:
 def unit_stride(x: Tensor) -> Tensor:
     """``x`` with stride 1 in its last dimension, copied only if it is otherwise."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def on_device(x: Tensor) -> AbstractContextManager[Any]:
+    """Launch on the GPU of ``x``: Triton takes the current one, wherever its arguments lie."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def codes_of(x: Operands) -> tuple[bool, Tensor, Tensor, Tensor, Tensor]:
