@@ -12,14 +12,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vlm.kernels import dispatch
-from vlm.kernels.dispatch import Implementation, lazy
+from vlm.kernels.dispatch import Call, Choice, Implementation, lazy
 from vlm.kernels.neighborhood.aggregate import neighborhood_aggregate, neighborhood_bias
 from vlm.kernels.neighborhood.arguments import Windows, axes_of, flat_table
 from vlm.kernels.neighborhood.natten import needs_natten, neighborhood_natten
 from vlm.kernels.neighborhood.reference import Neighborhood, neighborhood_reference, neighborhood_torch
 from vlm.kernels.visibility import Operands, operands
 
-__all__ = ["IMPLEMENTATIONS", "NAME", "neighborhood_aggregate", "neighborhood_attention", "neighborhood_bias"]
+__all__ = ["NAME", "explain", "neighborhood_aggregate", "neighborhood_attention", "neighborhood_bias"]
 
 NAME = "neighborhood_attention"
 IMPLEMENTATIONS = (
@@ -114,9 +114,14 @@ def neighborhood_attention(
     table = None if bias is None else flat_table(NAME, bias, q.shape[1], axes, q)
     extra_k, extra_v = _extra(x, extra_kv, extra_bias)
     n = Neighborhood(axes, table, extra_k, extra_v, None if extra_k is None else extra_bias, return_lse)
-    call = dispatch.Call.of(q, k, v, bias, extra_k, extra_v, extra_bias, neighborhood=n, scale=x.scale)
+    call = Call.of(q, k, v, bias, extra_k, extra_v, extra_bias, neighborhood=n, scale=x.scale)
     out, lse = dispatch.choose(NAME, IMPLEMENTATIONS, impl, call).run(x, n)
     return (out, lse) if return_lse else out
+
+
+def explain(call: Call) -> Choice:
+    """What ``impl="auto"`` runs for ``call`` (a plain window without biases if it says no more), and why not others."""
+    return dispatch.explain(NAME, IMPLEMENTATIONS, call)
 
 
 def _extra(

@@ -82,9 +82,8 @@ def _per_axis(op: str, name: str, value: Value | tuple[Value, ...], kind: type[V
 
 def _check_fit(op: str, number: int, axis: Axis) -> None:
     if axis.stride > axis.window:
-        raise ValueError(
-            f"{op}: stride must be at most the window, {axis.window}, of axis {number}; found {axis.stride}"
-        )
+        wanted = f"at most the window of axis {number}, {axis.window}"
+        raise ValueError(f"{op}: stride must be {wanted}; found {axis.stride}")
     if not axis.clip and axis.window * axis.dilation > axis.length:
         raise ValueError(
             f"{op}: window * dilation must be at most the length of axis {number}, {axis.length}, with border 'shift'; "

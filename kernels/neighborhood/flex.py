@@ -9,7 +9,7 @@ feature map up to 128 x 128 that we counted, and fewer only on larger grids and 
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, no_type_check
 
 import torch
 from jaxtyping import Int
@@ -66,14 +66,15 @@ def by_group(axes: tuple[Axis, ...], device: torch.device) -> Sorted:
 @lru_cache(maxsize=32)
 def _mask(axes: tuple[Axis, ...], extra: int, device: torch.device) -> BlockMask:
     with torch.inference_mode(False):
-        s = by_group(axes, device)
-        tokens = len(s.order)
+        _, _, group, step, first, last = by_group(axes, device)
+        tokens, count = len(group), len(axes)
 
+        @no_type_check  # a test's shape check would wrap it, and FlexAttention reads the arguments of what it gets
         def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             key = j.clamp_max(tokens - 1)
-            local = s.group[i] == s.group[key]
-            for a in range(len(axes)):
-                local = local & (s.first[a, i] <= s.step[a, key]) & (s.step[a, key] <= s.last[a, i])
+            local = group[i] == group[key]
+            for a in range(count):
+                local = local & (first[a, i] <= step[a, key]) & (step[a, key] <= last[a, i])
             return local | (j >= tokens)
 
         return block_mask(seen, None, Visibility(tokens, tokens + extra, False, device))
@@ -83,17 +84,20 @@ def _score(n: Neighborhood, s: Sorted) -> Callable[..., Tensor] | None:
     """The biases as FlexAttention takes them; it evaluates them for hidden pairs too, hence the clamps."""
     if n.bias is None and n.extra_bias is None:
         return None
-    tokens = len(s.order)
+    tokens, bias = len(s.order), n.bias
     extra_bias = None if n.extra_bias is None else n.extra_bias.index_select(1, s.order)
+    windows = [axis.window for axis in n.axes]
+    step = s.step
 
+    @no_type_check
     def score(value: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         key = j.clamp_max(tokens - 1)
-        if n.bias is not None:
+        if bias is not None:
             entry = torch.zeros_like(key)
-            for a, axis in enumerate(n.axes):
-                offset = s.step[a, key] - s.step[a, i] + axis.window - 1
-                entry = entry * axis.offsets + offset.clamp(0, axis.offsets - 1)
-            value = value + torch.where(j < tokens, n.bias[h, entry], 0)
+            for a, window in enumerate(windows):
+                offset = step[a, key] - step[a, i] + window - 1
+                entry = entry * (2 * window - 1) + offset.clamp(0, 2 * window - 2)
+            value = value + torch.where(j < tokens, bias[h, entry], 0)
         if extra_bias is not None:
             value = value + torch.where(j < tokens, 0, extra_bias[h, i, (j - tokens).clamp_min(0)])
         return value

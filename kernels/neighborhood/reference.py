@@ -46,13 +46,13 @@ def neighborhood_torch(x: Operands, n: Neighborhood) -> Result:
     """The same in boxes of queries: the best on a CPU, differentiable, tokens x (a few windows) of memory."""
     t = tiles(n.axes, x.q.device)
     columns = t.keys.shape[1]
-    q, k, v = (_take(y, index) for y, index in ((x.q, t.queries), (x.k, t.keys), (_values(x), t.keys)))
-    scores = (q @ x.per_head(k).transpose(-1, -2)).to(x.accumulator) * x.scale  # [B,H,T,R,C]
+    q, k, v = _take(x.q, t.queries), _take(x.per_head(x.k), t.keys), _take(x.per_head(_values(x)), t.keys)
+    scores = (q @ k.transpose(-1, -2)).to(x.accumulator) * x.scale  # [B,H,T,R,C]
     scores = scores + _added(n.bias, t.entries, scores.dtype)
     if n.extra_v is not None:
         scores = torch.cat([scores, _take(_extra_scores(x, n), t.queries)], -1)  # [B,H,T,R,C+E]
     attention = scores.softmax(-1).to(v.dtype)
-    out = (attention[..., :columns] @ x.per_head(v)).flatten(2, 3)  # [B,H,TR,Dv]
+    out = (attention[..., :columns] @ v).flatten(2, 3)  # [B,H,TR,Dv]
     if n.extra_v is not None:
         out = out + attention[..., columns:].flatten(2, 3) @ x.per_head(n.extra_v)
     lse = scores.logsumexp(-1).flatten(2).index_select(2, t.position) if n.return_lse else None
