@@ -11,14 +11,10 @@ from vlm.kernels.visibility import Operands
 
 def elementwise_flex(x: Operands, how: Weighing) -> Tensor:
     bias = how.bias
-
-    def log_sigmoid(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return logsigmoid(score + bias[b, h, i])
-
-    def clamped(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return torch.clamp(score + bias[b, h, i], max=MOST_EXPONENT)
-
-    score_mod = log_sigmoid if how.fn == "sigmoid" else clamped
+    if how.fn == "sigmoid":
+        score_mod = lambda s, b, h, i, j: logsigmoid(s + bias[b, h, i])  # noqa: E731
+    else:
+        score_mod = lambda s, b, h, i, j: torch.clamp(s + bias[b, h, i], max=MOST_EXPONENT)  # noqa: E731
     mask = mask_of(x.seen, x.q.shape[0])
     out, lse = flex(x.q, *grouped_heads(x), score_mod=score_mod, block_mask=mask, scale=x.scale)
     out = out.to(lse.dtype) * lse.exp()[..., None]

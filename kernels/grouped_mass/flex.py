@@ -18,7 +18,7 @@ def grouped_mass_flex(x: Operands, grouping: Grouping) -> tuple[Tensor, Tensor, 
     lses = [x.q.new_full((batch, heads, rows), float("-inf"), dtype=x.accumulator)] * groups
     for group in grouping.group_ids.unique().tolist():
         mask = mask_of(x.seen, batch, grouping.group_ids == group)
-        outs[group], lses[group] = flex(x.q, k, v, score_mod=_map(grouping, group), block_mask=mask, scale=x.scale)
+        outs[group], lses[group] = flex(x.q, k, v, score_mod=_map(x, grouping, group), block_mask=mask, scale=x.scale)
 
     share, lse = shares(torch.stack(lses))  # [G,B,H,Q], [B,H,Q]
     mass = share.movedim(0, -1)  # [B,H,Q,G]
@@ -29,22 +29,14 @@ def grouped_mass_flex(x: Operands, grouping: Grouping) -> tuple[Tensor, Tensor, 
     return out.to(v.dtype), mass, lse
 
 
-def _map(grouping: Grouping, group: int) -> Modifier | None:
+def _map(x: Operands, grouping: Grouping, group: int) -> Modifier | None:
     """The map of the scores of one group, in selected rows."""
     if not grouping.maps_scores:
         return None
-    acts, key_bias = grouping.row_sel, grouping.key_bias
-    slope = None if grouping.gamma is None else grouping.gamma[:, group]
-    offset = None if grouping.beta is None else grouping.beta[:, group]
-
-    def mapped(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        new = score
-        if slope is not None:
-            new = new + slope[h] * score.abs()
-        if offset is not None:
-            new = new + offset[h]
-        if key_bias is not None:
-            new = new + (key_bias[b, 0, j] if key_bias.shape[1] == 1 else key_bias[b, h, j])
-        return torch.where(acts[b, i], new, score)
-
-    return mapped
+    acts, bias = grouping.row_sel, grouping.key_bias
+    (batch, heads), keys = x.q.shape[:2], x.k.shape[2]
+    none = torch.zeros((), dtype=x.accumulator, device=x.q.device)
+    slope = none.expand(heads) if grouping.gamma is None else grouping.gamma[:, group]
+    offset = none.expand(heads) if grouping.beta is None else grouping.beta[:, group]
+    bias = none.expand(batch, heads, keys) if bias is None else bias.expand(batch, heads, keys)
+    return lambda s, b, h, i, j: torch.where(acts[b, i], s + slope[h] * s.abs() + offset[h] + bias[b, h, j], s)
