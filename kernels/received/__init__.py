@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vlm.kernels import dispatch
+from vlm.kernels.dense import dense_attention
 from vlm.kernels.dispatch import Implementation, lazy
 from vlm.kernels.received.reference import received_reference, received_torch
 from vlm.kernels.visibility import Common, check, operands
@@ -84,7 +85,7 @@ def received_attention(
     look = common.get("validate", True)
     if rows.ndim != 2:
         raise ValueError(f"{NAME}: rows must be [batch, chosen]; found shape {tuple(rows.shape)}")
-    check(NAME, "rows", rows, (q.shape[0], rows.shape[1]), q.device, *((-1, q.shape[2] - 1) if look else ()))
+    check(NAME, "rows", rows, (q.shape[0], rows.shape[1]), q.device, -1, q.shape[2] - 1, look=look)
     if row_weight is None:
         row_weight = torch.ones(rows.shape, dtype=x.accumulator, device=q.device)
     check(NAME, "row_weight", row_weight, tuple(rows.shape), q.device)
@@ -97,6 +98,37 @@ def received_attention(
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
         chosen = dispatch.choose(NAME, IMPLEMENTATIONS, impl, dispatch.Call.of(q, k, None, lse, reduce=reduce))
         return chosen.run(x, lse, rows.long(), row_weight.detach().to(x.accumulator), reduce)
+
+
+def attention_with_received(
+    q: Float[Tensor, "batch heads rows dim"],
+    k: Float[Tensor, "batch kv_heads keys dim"],
+    v: Float[Tensor, "batch kv_heads keys value_dim"],
+    rows: Int[Tensor, "batch chosen"],
+    *,
+    row_weight: Float[Tensor, "batch chosen"] | None = None,
+    reduce: str = "sum",
+    differentiable: bool = False,
+    impl: str = "auto",
+    **common: Unpack[Common],
+) -> tuple[Float[Tensor, "batch heads rows value_dim"], Float[Tensor, "batch heads keys"]]:
+    """Dense attention and what each key receives from the chosen rows, with the log-sum-exp computed once.
+
+    Arguments as of :func:`received_attention`; ``impl`` is that of the column pass. Returns (out, received).
+    """
+    out, lse = dense_attention(q, k, v, return_lse=True, **common)
+    received = received_attention(
+        q,
+        k,
+        lse,
+        rows,
+        row_weight=row_weight,
+        reduce=reduce,
+        differentiable=differentiable,
+        impl=impl,
+        **common,
+    )
+    return out, received
 
 
 def explain(call: dispatch.Call) -> dispatch.Choice:

@@ -71,9 +71,7 @@ def _part(
     return checkpoint(received_reference, *run, use_reentrant=False, preserve_rng_state=False)
 
 
-def _scores(
-    q: Float[Tensor, "batch heads chosen dim"], x: Operands
-) -> Float[Tensor, "batch heads chosen keys"]:
+def _scores(q: Float[Tensor, "batch heads chosen dim"], x: Operands) -> Float[Tensor, "batch heads chosen keys"]:
     """Scaled scores, of exact products also for 16-bit inputs."""
     k = x.k.to(q.dtype)
     if x.kv_head_of is not None:

@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vlm.kernels.received.triton_forward import Chosen, column_pass, launch, load_lse, log_sum_exp, probability
+from vlm.kernels.received.triton_forward import Chosen, Walk, add_up, column_pass, load_lse, log_sum_exp, probability
 from vlm.kernels.tile import dot, key_codes, load_tile, row_codes, store_tile
 from vlm.kernels.visibility import Operands
 
@@ -80,8 +80,9 @@ class Loss(NamedTuple):
     place: Int[Tensor, "batch heads keys"] | None  # for a maximum: the place of the row that attains it
     reduce: str
 
-    def inputs(self) -> tuple[Any, ...]:
-        return (*self.chosen.inputs(), self.lse, self.chosen.weight, self.grad, self.place)
+    def launch(self, kernel: Any, walk: Walk, *arguments: Any, **constants: Any) -> None:
+        given = (self.lse, self.chosen.weight, self.grad, self.place)
+        self.chosen.launch(kernel, walk, *given, *arguments, REDUCE=self.reduce, **constants)
 
 
 def _of_chosen(lse: Tensor | None, chosen: Chosen, rows: Tensor) -> Float[Tensor, "batch heads chosen"]:
@@ -106,54 +107,32 @@ def _at_rows(x: Tensor, rows: Tensor, like: tuple[torch.Size, torch.dtype]) -> T
 
 def _row_totals(loss: Loss) -> Float[Tensor, "batch heads chosen"]:
     """Sum over keys of p pi."""
-    chosen = loss.chosen
-    t = chosen.tiles()
-    row_tiles, key_tiles = triton.cdiv(chosen.q.shape[2], t.rows), triton.cdiv(chosen.k.shape[2], t.keys)
-    splits, steps = chosen.split(row_tiles * chosen.heads, key_tiles)
-    out = torch.empty(splits, *chosen.q.shape[:3], dtype=chosen.accumulator, device=chosen.q.device)
-    end = chosen.end_of_keys(t)
-    arguments = (*loss.inputs(), end, out, steps)
-    constants = chosen.constants(t) | {"REDUCE": loss.reduce, "BOUNDED": end is not None}
-    launch(_row_totals_kernel, (row_tiles, chosen.heads, splits), *arguments, **constants)
-    return out.sum(0)
+    walk = loss.chosen.walk_keys()
+    out = loss.chosen.empty(walk.splits, *loss.chosen.q.shape[:3])
+    loss.launch(_row_totals_kernel, walk, out)
+    return add_up(out)
 
 
 def _query_gradient(
     loss: Loss, centre: Float[Tensor, "batch heads chosen"] | None
 ) -> Float[Tensor, "batch heads chosen dim"]:
-    chosen = loss.chosen
-    t = chosen.tiles(accumulators=2)
-    row_tiles, key_tiles = triton.cdiv(chosen.q.shape[2], t.rows), triton.cdiv(chosen.k.shape[2], t.keys)
-    splits, steps = chosen.split(row_tiles * chosen.heads, key_tiles)
-    out = torch.empty(splits, *chosen.q.shape, dtype=chosen.accumulator, device=chosen.q.device)
-    end = chosen.end_of_keys(t)
-    arguments = (*loss.inputs(), centre, end, out, steps)
-    constants = chosen.constants(t) | _variant(loss, centre, end)
-    launch(_query_gradient_kernel, (row_tiles, chosen.heads, splits), *arguments, **constants)
-    return out.sum(0) if splits > 1 else out[0]
+    walk = loss.chosen.walk_keys(accumulators=2)
+    out = loss.chosen.empty(walk.splits, *loss.chosen.q.shape)
+    loss.launch(_query_gradient_kernel, walk, centre, out, CENTRED=centre is not None)
+    return add_up(out)
 
 
 def _key_gradient(
     loss: Loss, centre: Float[Tensor, "batch heads chosen"] | None
 ) -> Float[Tensor, "batch kv_heads keys dim"]:
-    chosen = loss.chosen
-    t = chosen.tiles(accumulators=2, keys_stay=True)
-    row_tiles, key_tiles = triton.cdiv(chosen.q.shape[2], t.rows), triton.cdiv(chosen.k.shape[2], t.keys)
-    batch, kv_heads = chosen.k.shape[:2]
-    splits, steps = chosen.split(key_tiles * batch * kv_heads, row_tiles)
-    out = torch.empty(splits, *chosen.k.shape, dtype=chosen.accumulator, device=chosen.k.device)
-    first = chosen.first_row_tile(t)
+    chosen, kv_heads = loss.chosen, loss.chosen.k.shape[1]
+    walk = chosen.walk_rows(accumulators=2, by_key_head=True)
+    out = chosen.empty(walk.splits, *chosen.k.shape)
     # query heads in the order of their key head, and where those of each key head begin
-    sorted_kv, members = chosen.kv_head_of.sort(stable=True)
-    begins = torch.searchsorted(sorted_kv, torch.arange(kv_heads + 1, dtype=torch.int32, device=members.device))
-    arguments = (*loss.inputs(), centre, first, members, begins, out, steps, kv_heads)
-    constants = chosen.constants(t) | _variant(loss, centre, first)
-    launch(_key_gradient_kernel, (key_tiles, batch * kv_heads, splits), *arguments, **constants)
-    return (out.sum(0) if splits > 1 else out[0]).to(chosen.k.dtype)
-
-
-def _variant(loss: Loss, centre: Tensor | None, bound: Tensor | None) -> dict[str, Any]:
-    return {"REDUCE": loss.reduce, "CENTRED": centre is not None, "BOUNDED": bound is not None}
+    kv_head, members = chosen.kv_head_of.sort(stable=True)
+    begins = torch.searchsorted(kv_head, torch.arange(kv_heads + 1, dtype=torch.int32, device=kv_head.device))
+    loss.launch(_key_gradient_kernel, walk, centre, members, begins, out, kv_heads, CENTRED=centre is not None)
+    return add_up(out).to(chosen.k.dtype)
 
 
 @triton.jit
@@ -181,12 +160,13 @@ def load_keys(grad, place, head, j, keys, REDUCE: tl.constexpr):
 @triton.jit(do_not_specialize=["heads", "rows", "keys", "steps"])
 def _row_totals_kernel(
     q, k, kv_head_of, row_position, key_position, row_document, key_document,
-    heads, rows, keys, dim, k_batch, k_head, k_key, scale, lse, weight, grad, place, end, out, steps,
+    heads, rows, keys, dim, k_batch, k_head, k_key, scale, steps, end, lse, weight, grad, place, out,
     REDUCE: tl.constexpr, BOUNDED: tl.constexpr, CAUSAL: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows, one head of one sample (``head`` counts over both), some of the keys."""
-    row_tile, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row_tiles, split = tl.cdiv(rows, ROWS), tl.program_id(1)
+    row_tile, head = tl.program_id(0) % row_tiles, tl.program_id(0) // row_tiles
     batch = head // heads
     i = row_tile * ROWS + tl.arange(0, ROWS)
     q_tile = load_tile(q + head.to(tl.int64) * rows * dim, i, dim, rows, dim, DIM)
@@ -196,7 +176,7 @@ def _row_totals_kernel(
     k += batch.to(tl.int64) * k_batch + tl.load(kv_head_of + head % heads).to(tl.int64) * k_head
     stop = tl.minimum(split * steps + steps, tl.cdiv(keys, KEYS))
     if BOUNDED:
-        stop = tl.minimum(stop, tl.load(end + batch * tl.num_programs(0) + row_tile))
+        stop = tl.minimum(stop, tl.load(end + batch * row_tiles + row_tile))
     total = tl.zeros([ROWS], ACC)
     for tile in range(split * steps, stop):
         j = tile * KEYS + tl.arange(0, KEYS)
@@ -207,18 +187,20 @@ def _row_totals_kernel(
         )
         g, best = load_keys(grad, place, head, j, keys, REDUCE)
         total += tl.sum(p * slope(p, w, g[None, :], best[None, :], i[:, None], REDUCE), 1)
-    tl.store(out + (split * tl.num_programs(1) + head).to(tl.int64) * rows + i, total, mask=i < rows)
+    at = (split * (tl.num_programs(0) // row_tiles) + head).to(tl.int64) * rows + i
+    tl.store(out + at, total, mask=i < rows)
 
 
 @triton.jit(do_not_specialize=["heads", "rows", "keys", "steps"])
 def _query_gradient_kernel(
     q, k, kv_head_of, row_position, key_position, row_document, key_document,
-    heads, rows, keys, dim, k_batch, k_head, k_key, scale, lse, weight, grad, place, centre, end, out, steps,
+    heads, rows, keys, dim, k_batch, k_head, k_key, scale, steps, end, lse, weight, grad, place, centre, out,
     REDUCE: tl.constexpr, CENTRED: tl.constexpr, BOUNDED: tl.constexpr, CAUSAL: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows, one head of one sample (``head`` counts over both), some of the keys."""
-    row_tile, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row_tiles, split = tl.cdiv(rows, ROWS), tl.program_id(1)
+    row_tile, head = tl.program_id(0) % row_tiles, tl.program_id(0) // row_tiles
     batch = head // heads
     i = row_tile * ROWS + tl.arange(0, ROWS)
     at = head.to(tl.int64) * rows
@@ -229,7 +211,7 @@ def _query_gradient_kernel(
     k += batch.to(tl.int64) * k_batch + tl.load(kv_head_of + head % heads).to(tl.int64) * k_head
     stop = tl.minimum(split * steps + steps, tl.cdiv(keys, KEYS))
     if BOUNDED:
-        stop = tl.minimum(stop, tl.load(end + batch * tl.num_programs(0) + row_tile))
+        stop = tl.minimum(stop, tl.load(end + batch * row_tiles + row_tile))
     gradient = tl.zeros([ROWS, DIM], ACC)
     for tile in range(split * steps, stop):
         j = tile * KEYS + tl.arange(0, KEYS)
@@ -244,27 +226,28 @@ def _query_gradient_kernel(
         if CENTRED:
             pi -= tl.load(centre + at + i, mask=i < rows, other=0.0)[:, None]
         gradient += dot((p * pi).to(k_tile.dtype), k_tile, ACC)
-    out += (split * tl.num_programs(1)).to(tl.int64) * rows * dim + at * dim
+    out += ((split * (tl.num_programs(0) // row_tiles)).to(tl.int64) * rows + at) * dim
     store_tile(out, i, dim, rows, dim, gradient * scale, DIM)
 
 
 @triton.jit(do_not_specialize=["heads", "rows", "keys", "steps", "kv_heads"])
 def _key_gradient_kernel(
     q, k, kv_head_of, row_position, key_position, row_document, key_document,
-    heads, rows, keys, dim, k_batch, k_head, k_key, scale, lse, weight, grad, place, centre, first, members, begins,
-    out, steps, kv_heads,
+    heads, rows, keys, dim, k_batch, k_head, k_key, scale, steps, first, lse, weight, grad, place, centre,
+    members, begins, out, kv_heads,
     REDUCE: tl.constexpr, CENTRED: tl.constexpr, BOUNDED: tl.constexpr, CAUSAL: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys, one key head of one sample, some of the rows of all its query heads."""
-    key_tile, kv, split = tl.program_id(0), tl.program_id(1) % kv_heads, tl.program_id(2)
-    batch = tl.program_id(1) // kv_heads
+    key_tiles, split = tl.cdiv(keys, KEYS), tl.program_id(1)
+    key_tile, both = tl.program_id(0) % key_tiles, tl.program_id(0) // key_tiles
+    batch, kv = both // kv_heads, both % kv_heads
     j = key_tile * KEYS + tl.arange(0, KEYS)
     k_tile = load_tile(k + batch.to(tl.int64) * k_batch + kv.to(tl.int64) * k_head, j, k_key, keys, dim, DIM)
     key_at, key_in = key_codes(key_position, key_document, batch, j, keys, False)
     start, stop = split * steps, tl.minimum(split * steps + steps, tl.cdiv(rows, ROWS))
     if BOUNDED:
-        start = tl.maximum(start, tl.load(first + batch * tl.num_programs(0) + key_tile))
+        start = tl.maximum(start, tl.load(first + batch * key_tiles + key_tile))
     gradient = tl.zeros([KEYS, DIM], ACC)
     for member in range(tl.load(begins + kv), tl.load(begins + kv + 1)):
         head = batch * heads + tl.load(members + member).to(tl.int32)
@@ -284,5 +267,5 @@ def _key_gradient_kernel(
             if CENTRED:
                 pi -= tl.load(centre + at + i, mask=i < rows, other=0.0)[None, :]
             gradient += dot((p * pi).to(q_tile.dtype), q_tile, ACC)
-    out += (split * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * keys * dim
+    out += (split * (tl.num_programs(0) // key_tiles) + both).to(tl.int64) * keys * dim
     store_tile(out, j, dim, keys, dim, gradient * scale, DIM)

@@ -6,7 +6,7 @@ whose partial results torch adds up. One pass over K for the column pass, one fo
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,6 +22,7 @@ from vlm.kernels.tile import (
     dot,
     key_codes,
     load_tile,
+    on_device,
     padded,
     row_codes,
     sees,
@@ -31,6 +32,16 @@ from vlm.kernels.tile import (
 from vlm.kernels.visibility import Operands
 
 PROCESSORS_INTERPRETED = 4  # stands for a GPU's, so that tests meet walks that are split and walks that are not
+
+
+class Walk(NamedTuple):
+    """How programs that keep one tile each walk over the tiles of the other side."""
+
+    tiles: Tiles
+    grid: tuple[int, int]  # (tiles that are kept times heads, splits)
+    splits: int  # programs that share one walk
+    steps: int  # of each of them
+    bound: Tensor | None  # per sample and kept tile where the walk begins or ends; None where nothing can be skipped
 
 
 @dataclass(frozen=True)
@@ -66,14 +77,47 @@ class Chosen:
 
     @property
     def heads(self) -> int:
+        """Query heads of all samples."""
         return self.q.shape[0] * self.q.shape[1]
 
-    def tiles(self, accumulators: int = 1, keys_stay: bool = False) -> Tiles:
-        """Tile sizes; the larger side is the one that a program keeps."""
-        t = tiles(padded(self.q.shape[3]), self.q.dtype, accumulators)
-        rows, keys = (t.keys, t.rows) if keys_stay else (t.rows, t.keys)
-        few = max(16, triton.next_power_of_2(self.q.shape[2]))
-        return t._replace(rows=min(rows, few), keys=keys)
+    def walk_keys(self, accumulators: int = 1) -> Walk:
+        """For programs that keep a tile of rows. It ends before the first tile of keys from which on all are later."""
+        t = self._tiles(accumulators)
+        row_tiles, key_tiles = triton.cdiv(self.q.shape[2], t.rows), triton.cdiv(self.k.shape[2], t.keys)
+        end = None
+        if self.causal and row_tiles and key_tiles > 1:
+            after = _earliest(self.key_position, t.keys).flip(1).cummin(1).values.flip(1)  # here or in a later tile
+            latest = _latest(self.row_position, t.rows)  # [B,row tiles]
+            end = torch.searchsorted(after.contiguous(), latest, right=True, out_int32=True)
+        return self._walk(t, row_tiles * self.heads, key_tiles, end)
+
+    def walk_rows(self, accumulators: int = 1, by_key_head: bool = False) -> Walk:
+        """For programs that keep a tile of keys. It begins with the first tile of rows that is not all earlier."""
+        t = self._tiles(accumulators)
+        t = t._replace(rows=min(t.rows, t.keys), keys=max(t.rows, t.keys))
+        row_tiles, key_tiles = triton.cdiv(self.q.shape[2], t.rows), triton.cdiv(self.k.shape[2], t.keys)
+        first = None
+        if self.causal and row_tiles > 1 and key_tiles:
+            until = _latest(self.row_position, t.rows).cummax(1).values  # here or in an earlier tile
+            first = torch.searchsorted(until, _earliest(self.key_position, t.keys), out_int32=True)
+        heads = self.k.shape[0] * self.k.shape[1] if by_key_head else self.heads
+        return self._walk(t, key_tiles * heads, row_tiles, first)
+
+    def _tiles(self, accumulators: int) -> Tiles:
+        dim, few = padded(self.q.shape[3]), max(16, triton.next_power_of_2(self.q.shape[2]))
+        t = tiles(dim, self.q.dtype, accumulators)
+        if self.q.dtype == torch.float32:  # exact products take the plain cores, where larger tiles spill (sm_90)
+            t = Tiles(min(t.rows, 32 if dim <= 128 else 16), min(t.keys, 32), 8, t.stages)
+        return t._replace(rows=min(t.rows, few))
+
+    def _walk(self, t: Tiles, programs: int, steps: int, bound: Tensor | None) -> Walk:
+        """Split so that the device has programs enough."""
+        device, processors = self.q.device, PROCESSORS_INTERPRETED
+        if device.type == "cuda":
+            processors = torch.cuda.get_device_properties(device).multi_processor_count
+        each = triton.cdiv(steps, max(1, min(steps, 2 * processors // max(1, programs))))
+        splits = max(1, triton.cdiv(steps, max(1, each)))
+        return Walk(t, (programs, splits), splits, each, bound)
 
     def inputs(self) -> tuple[Any, ...]:
         """The arguments that every kernel begins with."""
@@ -81,110 +125,59 @@ class Chosen:
         sizes = (self.q.shape[1], self.q.shape[2], self.k.shape[2], self.q.shape[3])
         return (self.q, self.k, self.kv_head_of, *codes, *sizes, *self.k.stride()[:3], self.scale)
 
-    def constants(self, t: Tiles) -> dict[str, Any]:
-        """The constants that every kernel takes."""
-        return {
-            "CAUSAL": self.causal,
-            "ROWS": t.rows,
-            "KEYS": t.keys,
-            "DIM": padded(self.q.shape[3]),
-            "ACC": accumulator(self.q.dtype),
-            "num_warps": t.warps,
-            "num_stages": t.stages,
-        }
+    def launch(self, kernel: Any, walk: Walk, *arguments: Any, **constants: Any) -> None:
+        """Run ``kernel`` over the walk; an argument of None is a pointer that it never reads."""
+        constants |= {"CAUSAL": self.causal, "BOUNDED": walk.bound is not None, "DIM": padded(self.q.shape[3])}
+        constants |= {"ROWS": walk.tiles.rows, "KEYS": walk.tiles.keys, "ACC": accumulator(self.q.dtype)}
+        constants |= {"num_warps": walk.tiles.warps, "num_stages": walk.tiles.stages}
+        if walk.grid[0]:
+            with on_device(self.q):
+                kernel[walk.grid](*self.inputs(), walk.steps, walk.bound, *arguments, **constants)
 
-    def first_row_tile(self, t: Tiles) -> Int[Tensor, "batch key_tiles"] | None:
-        """The first tile of rows that may see something of each tile of keys; None where nothing can be skipped."""
-        if not self.causal or self.q.shape[2] <= t.rows:
-            return None
-        least, most = torch.iinfo(torch.int32).min, torch.iinfo(torch.int32).max
-        latest = _by_tile(self.row_position, t.rows, least).amax(2).cummax(1).values  # [B,row tiles]
-        earliest = _by_tile(self.key_position, t.keys, most).amin(2)  # [B,key tiles]
-        return torch.searchsorted(latest, earliest, out_int32=True)
-
-    def end_of_keys(self, t: Tiles) -> Int[Tensor, "batch row_tiles"] | None:
-        """The first tile of keys from which on a tile of rows sees nothing; None where nothing can be skipped."""
-        if not self.causal or self.k.shape[2] <= t.keys:
-            return None
-        least, most = torch.iinfo(torch.int32).min, torch.iinfo(torch.int32).max
-        latest = _by_tile(self.row_position, t.rows, least).amax(2)  # [B,row tiles]
-        earliest = _by_tile(self.key_position, t.keys, most).amin(2)  # [B,key tiles]
-        after = earliest.flip(1).cummin(1).values.flip(1).contiguous()  # earliest of this tile and all later ones
-        return torch.searchsorted(after, latest, right=True, out_int32=True)
-
-    def split(self, programs: int, steps: int) -> tuple[int, int]:
-        """``(splits, steps of each)`` of a walk, so that the device has enough programs."""
-        device, processors = self.q.device, PROCESSORS_INTERPRETED
-        if device.type == "cuda":
-            processors = torch.cuda.get_device_properties(device).multi_processor_count
-        each = triton.cdiv(steps, max(1, min(steps, 2 * processors // max(1, programs))))
-        return max(1, triton.cdiv(steps, max(1, each))), each
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.accumulator, device=self.q.device)
 
 
 def log_sum_exp(chosen: Chosen) -> Float[Tensor, "batch heads chosen"]:
     """Natural log-sum-exp of the chosen rows, -inf for one that sees nothing."""
-    t = chosen.tiles()
-    row_tiles, key_tiles = triton.cdiv(chosen.q.shape[2], t.rows), triton.cdiv(chosen.k.shape[2], t.keys)
-    splits, steps = chosen.split(row_tiles * chosen.heads, key_tiles)
-    out = torch.empty(splits, *chosen.q.shape[:3], dtype=chosen.accumulator, device=chosen.q.device)
-    end = chosen.end_of_keys(t)
-    launch(
-        _log_sum_exp,
-        (row_tiles, chosen.heads, splits),
-        *chosen.inputs(),
-        end,
-        out,
-        steps,
-        BOUNDED=end is not None,
-        **chosen.constants(t),
-    )
-    return out.logsumexp(0) if splits > 1 else out[0]
+    walk = chosen.walk_keys()
+    out = chosen.empty(walk.splits, *chosen.q.shape[:3])
+    chosen.launch(_log_sum_exp_kernel, walk, out)
+    return out.logsumexp(0)
 
 
 def column_pass(
     chosen: Chosen, lse: Float[Tensor, "batch heads chosen"], reduce: str, keep_place: bool = False
 ) -> tuple[Float[Tensor, "batch heads keys"], Int[Tensor, "batch heads keys"] | None]:
     """What each key receives; with ``keep_place`` and a maximum also which of the chosen rows it is, -1 for none."""
-    keep_place = keep_place and reduce == "max"
-    t = chosen.tiles(accumulators=2 if reduce == "max" else 1, keys_stay=True)
-    row_tiles, key_tiles = triton.cdiv(chosen.q.shape[2], t.rows), triton.cdiv(chosen.k.shape[2], t.keys)
-    splits, steps = chosen.split(key_tiles * chosen.heads, row_tiles)
-    shape = (splits, *chosen.q.shape[:2], chosen.k.shape[2])
-    out = torch.empty(shape, dtype=chosen.accumulator, device=chosen.q.device)
-    place = torch.empty(shape, dtype=torch.int32, device=chosen.q.device) if keep_place else None
-    first = chosen.first_row_tile(t)
-    launch(
-        _column_pass,
-        (key_tiles, chosen.heads, splits),
-        *chosen.inputs(),
-        lse.contiguous(),
-        chosen.weight,
-        first,
-        out,
-        place,
-        steps,
-        REDUCE=reduce,
-        PLACE=keep_place,
-        BOUNDED=first is not None,
-        **chosen.constants(t),
+    walk = chosen.walk_rows(accumulators=2 if reduce == "max" else 1)
+    out = chosen.empty(walk.splits, *chosen.q.shape[:2], chosen.k.shape[2])
+    place = torch.empty_like(out, dtype=torch.int32) if keep_place and reduce == "max" else None
+    chosen.launch(
+        _column_pass_kernel, walk, lse.contiguous(), chosen.weight, out, place, REDUCE=reduce, PLACE=place is not None
     )
-    if splits == 1:
-        return out[0], None if place is None else place[0]
     if reduce != "max":
-        return out.sum(0), None
-    best = out.argmax(0, keepdim=True)  # the first of equals
+        return add_up(out), None
+    best = out.argmax(0, keepdim=True)  # of equals the first
     return out.gather(0, best)[0], None if place is None else place.gather(0, best)[0]
 
 
-def launch(kernel: Any, grid: tuple[int, int, int], *arguments: Any, **constants: Any) -> None:
-    """Run a kernel over a grid that may be empty; an argument of None is a pointer that the kernel never reads."""
-    if 0 not in grid:
-        kernel[grid](*arguments, **constants)
+def add_up(out: Float[Tensor, "splits *rest"]) -> Float[Tensor, "*rest"]:
+    """The partial results of programs that shared a walk."""
+    return out[0] if len(out) == 1 else out.sum(0)
 
 
 def _by_tile(position: Int[Tensor, "batch length"], tile: int, fill: int) -> Int[Tensor, "batch tiles tile"]:
     short = -position.shape[1] % tile
     return torch.nn.functional.pad(position, (0, short), value=fill).unflatten(1, (-1, tile))
+
+
+def _latest(position: Int[Tensor, "batch length"], tile: int) -> Int[Tensor, "batch tiles"]:
+    return _by_tile(position, tile, torch.iinfo(torch.int32).min).amax(2)
+
+
+def _earliest(position: Int[Tensor, "batch length"], tile: int) -> Int[Tensor, "batch tiles"]:
+    return _by_tile(position, tile, torch.iinfo(torch.int32).max).amin(2)
 
 
 @triton.jit
@@ -204,14 +197,15 @@ def load_lse(lse, head, i, rows):
 
 
 @triton.jit(do_not_specialize=["heads", "rows", "keys", "steps"])
-def _log_sum_exp(
+def _log_sum_exp_kernel(
     q, k, kv_head_of, row_position, key_position, row_document, key_document,
-    heads, rows, keys, dim, k_batch, k_head, k_key, scale, end, out, steps,
+    heads, rows, keys, dim, k_batch, k_head, k_key, scale, steps, end, out,
     BOUNDED: tl.constexpr, CAUSAL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows, one head of one sample (``head`` counts over both), some of the keys."""
-    row_tile, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row_tiles, split = tl.cdiv(rows, ROWS), tl.program_id(1)
+    row_tile, head = tl.program_id(0) % row_tiles, tl.program_id(0) // row_tiles
     batch = head // heads
     i = row_tile * ROWS + tl.arange(0, ROWS)
     q_tile = load_tile(q + head.to(tl.int64) * rows * dim, i, dim, rows, dim, DIM)
@@ -219,7 +213,7 @@ def _log_sum_exp(
     k += batch.to(tl.int64) * k_batch + tl.load(kv_head_of + head % heads).to(tl.int64) * k_head
     stop = tl.minimum(split * steps + steps, tl.cdiv(keys, KEYS))
     if BOUNDED:
-        stop = tl.minimum(stop, tl.load(end + batch * tl.num_programs(0) + row_tile))
+        stop = tl.minimum(stop, tl.load(end + batch * row_tiles + row_tile))
     most = tl.full([ROWS], float("-inf"), ACC)
     total = tl.zeros([ROWS], ACC)
     for tile in range(split * steps, stop):
@@ -233,18 +227,20 @@ def _log_sum_exp(
         total = total * tl.exp2(most - safe) + tl.sum(tl.exp2(scores - safe[:, None]), 1)
         most = new
     value = (most + tl.log2(tl.where(total > 0, total, 1.0))) * LN2
-    tl.store(out + (split * tl.num_programs(1) + head).to(tl.int64) * rows + i, value, mask=i < rows)
+    at = (split * (tl.num_programs(0) // row_tiles) + head).to(tl.int64) * rows + i
+    tl.store(out + at, value, mask=i < rows)
 
 
 @triton.jit(do_not_specialize=["heads", "rows", "keys", "steps"])
-def _column_pass(
+def _column_pass_kernel(
     q, k, kv_head_of, row_position, key_position, row_document, key_document,
-    heads, rows, keys, dim, k_batch, k_head, k_key, scale, lse, weight, first, out, place, steps,
+    heads, rows, keys, dim, k_batch, k_head, k_key, scale, steps, first, lse, weight, out, place,
     REDUCE: tl.constexpr, PLACE: tl.constexpr, BOUNDED: tl.constexpr, CAUSAL: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys, one head of one sample (``head`` counts over both), some of the rows."""
-    key_tile, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    key_tiles, split = tl.cdiv(keys, KEYS), tl.program_id(1)
+    key_tile, head = tl.program_id(0) % key_tiles, tl.program_id(0) // key_tiles
     batch = head // heads
     j = key_tile * KEYS + tl.arange(0, KEYS)
     k += batch.to(tl.int64) * k_batch + tl.load(kv_head_of + head % heads).to(tl.int64) * k_head
@@ -254,7 +250,7 @@ def _column_pass(
     weight += batch.to(tl.int64) * rows
     start, stop = split * steps, tl.minimum(split * steps + steps, tl.cdiv(rows, ROWS))
     if BOUNDED:
-        start = tl.maximum(start, tl.load(first + batch * tl.num_programs(0) + key_tile))
+        start = tl.maximum(start, tl.load(first + batch * key_tiles + key_tile))
     received = tl.zeros([KEYS, ROWS], ACC)
     best = tl.full([KEYS, ROWS], -1, tl.int32)
     for tile in range(start, stop):
@@ -275,7 +271,7 @@ def _column_pass(
             if PLACE:
                 best = tl.where(p > received, i[None, :], best)
             received = tl.maximum(received, p)
-    at = (split * tl.num_programs(1) + head).to(tl.int64) * keys + j
+    at = (split * (tl.num_programs(0) // key_tiles) + head).to(tl.int64) * keys + j
     result = tl.max(received, 1) if REDUCE == "max" else tl.sum(received, 1)
     tl.store(out + at, result, mask=j < keys)
     if PLACE:  # the first of equals: each column of the tile already has its first
