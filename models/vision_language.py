@@ -6,14 +6,13 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
+from vlm.models.base import BaseVlm, pixel_seed
 from vlm.models.errors import ModelError
-from vlm.models.program.attach import Engine
-from vlm.models.program.layout import Layout, Side, compact
-from vlm.models.program.program import Decoder
+from vlm.models.program.layout import Side, compact
 from vlm.models.program.run import Run
-from vlm.models.splice import Visual, check_placeholders, splice
+from vlm.models.splice import IMAGE_TOKEN, Visual, check_placeholders, splice
 
 
 class Inputs(NamedTuple):
@@ -29,31 +28,17 @@ class Inputs(NamedTuple):
     owner: Int[Tensor, " images"]
     keys: Sequence[str] = ()
 
-
-class Output(NamedTuple):
-    """loss: sum over supervised tokens of weight times cross-entropy; weight: the sum of the weights.
-
-    hidden and layout describe the sequence that left the decoder (shorter than what entered if it was cut).
-    """
-
-    loss: Float[Tensor, ""]
-    weight: Float[Tensor, ""]
-    hidden: Float[Tensor, "batch length width"]
-    layout: Layout
+    def without_images(self) -> "Inputs":
+        """The same prompts with their images removed, placeholders included."""
+        index, valid = compact(self.valid & (self.tokens != IMAGE_TOKEN), "right")
+        tokens = self.tokens.gather(1, index).masked_fill(~valid, 0)
+        return Inputs(tokens, valid, self.images[:0], self.owner[:0], self.keys)
 
 
-class Stream(NamedTuple):
-    """One context of a decode: its key/value cache and what is known of its sequence."""
-
-    cache: DynamicCache
-    run: Run
-
-
-class VisionLanguageModel(nn.Module):
+class VisionLanguageModel(BaseVlm):
     """A vision encoder, a connector and a causal language model.
 
-    Parts are named as in a recipe: ``vision``, ``connector``, ``language``. Programs are attached with
-    :func:`vlm.models.program.attach.attach`.
+    Parts are named as in a recipe: ``vision``, ``connector``, ``language``.
     """
 
     # Any: nn.Module's attribute types hide what Encoder and the connectors promise.
@@ -63,7 +48,6 @@ class VisionLanguageModel(nn.Module):
     def __init__(self, vision: nn.Module, connector: nn.Module, language: PreTrainedModel) -> None:
         super().__init__()
         self.vision, self.connector, self.language = vision, connector, language
-        self.engine: Engine | None = None  # set by attach() for the time of its block
         self.visual_grid: tuple[int, int] = self.connector.grid(*self.vision.grid)
 
     @property
@@ -72,34 +56,12 @@ class VisionLanguageModel(nn.Module):
         return self.language.get_decoder()
 
     @property
-    def decoder_facts(self) -> Decoder:
-        config: Any = self.language.config
-        return Decoder(config.num_hidden_layers, config.hidden_size)
-
-    @property
     def visual_tokens(self) -> int:
         """Visual tokens of an image before any cut."""
         return self.visual_grid[0] * self.visual_grid[1]
 
-    def forward(self, inputs: Inputs, weights: Float[Tensor, "batch length"] | None = None) -> Output:
-        """One pass; ``weights[b, t]`` is the loss weight of predicting ``tokens[b, t]``, none by default."""
-        embeds, run = self._enter(inputs, side="right")
-        hidden = self._decode(embeds, run, None)
-        loss, weight = self._loss(hidden, run.last, inputs.tokens, weights)
-        return Output(loss, weight, hidden, run.last)
-
-    def prefill(self, inputs: Inputs) -> tuple[Float[Tensor, "batch vocab"], Stream]:
-        """Run prompts; returns the logits of the next token and the stream that :meth:`step` continues."""
-        embeds, run = self._enter(inputs, side="left")  # left padding: every row ends at the last place
-        cache = DynamicCache(config=self.language.config)
-        hidden = self._decode(embeds, run, cache)
-        return self.logits(hidden[:, -1]), Stream(cache, run)
-
-    def step(self, stream: Stream, tokens: Int[Tensor, " batch"]) -> Float[Tensor, "batch vocab"]:
-        """Append one token to each row of ``stream``; returns the logits of the next token."""
-        stream.run.append()
-        embeds = self.language.get_input_embeddings()(tokens[:, None])
-        return self.logits(self._decode(embeds, stream.run, stream.cache)[:, -1])
+    def visual_counts(self, inputs: Inputs) -> Int[Tensor, " batch"]:
+        return self.visual_tokens * torch.bincount(inputs.owner, minlength=len(inputs.tokens))
 
     def encode(self, inputs: Inputs) -> Visual:
         """Encode, prune at ``vit.out`` and project the images of a batch."""
@@ -117,7 +79,8 @@ class VisionLanguageModel(nn.Module):
         features = found.tokens.gather(1, index[..., None].expand(-1, -1, found.tokens.shape[2]))
         return Visual(self.connector(features, found.grid), self.visual_grid, inputs.owner, index, valid)
 
-    def _enter(self, inputs: Inputs, side: Side) -> tuple[Tensor, Run]:
+    def _enter(self, inputs: Inputs, side: Side | None) -> tuple[Tensor, Run]:
+        side = side or "right"
         check_placeholders(inputs.tokens, inputs.valid, inputs.owner, inputs.keys)
         embedded = self.language.get_input_embeddings()(inputs.tokens.clamp_min(0))
         if len(inputs.images):
@@ -140,18 +103,6 @@ class VisionLanguageModel(nn.Module):
             embedded = embedded + 0.0 * self.connector(found.tokens, found.grid).sum().to(embedded.dtype)
         return Visual(empty, self.visual_grid, inputs.owner), embedded
 
-    def _decode(self, embeds: Tensor, run: Run, cache: DynamicCache | None) -> Float[Tensor, "batch rows width"]:
-        layout = run.layouts[0]
-        # The mask is always given: without one Transformers reads jumps of position ids as packed samples.
-        return self.decoder(
-            inputs_embeds=embeds,
-            attention_mask=layout.valid.long(),
-            position_ids=layout.position[:, -embeds.shape[1] :],
-            past_key_values=cache,
-            use_cache=cache is not None,
-            **({} if self.engine is None else self.engine.tag(run)),
-        ).last_hidden_state
-
     def logits(self, hidden: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows vocab"]:
         """The language model's head, with the scaling or soft cap that its config asks for."""
         config: Any = self.language.config
@@ -160,27 +111,3 @@ class VisionLanguageModel(nn.Module):
         logits = logits * getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
         cap = getattr(config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
-
-    def _loss(
-        self, hidden: Tensor, layout: Layout, tokens: Tensor, weights: Tensor | None
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        zero = hidden.new_zeros((), dtype=torch.float32)
-        if weights is None:
-            return zero, zero
-        # The place before a supervised token predicts it; only those places go through the head.
-        text = layout.valid & ~layout.visual
-        target = tokens.gather(1, layout.source)[:, 1:]
-        weight = (weights.gather(1, layout.source) * text)[:, 1:].float()
-        chosen = weight > 0
-        if not bool(chosen.any()):
-            return self.logits(hidden[:, :1]).float().sum() * 0.0, zero  # keeps every parameter in the graph
-        logits = self.logits(hidden[:, :-1][chosen]).float()  # [supervised, vocab]
-        each = nn.functional.cross_entropy(logits, target[chosen], reduction="none")
-        return (each * weight[chosen]).sum(), weight.sum()
-
-
-def pixel_seed(images: Float[Tensor, "images 3 height width"]) -> Int[Tensor, " images"]:
-    """An integer of each image's pixels: exact, so the same image gives it in any batch."""
-    bits = images.detach().float().contiguous().view(torch.int32).flatten(1).long()
-    place = torch.arange(1, bits.shape[1] + 1, device=bits.device) % 8191
-    return (bits * place).sum(1) % 2**40

@@ -116,11 +116,12 @@ class Engine:
         if first == 0:
             return None
         layout = run.layouts[first]
-        position = layout.position[:, -hidden.shape[1] :]
+        rows = hidden.shape[1]
+        rotary = self.decoder.rotary_emb(hidden, position_ids=layout.position_ids(rows))
         kwargs = kwargs | {
-            "attention_mask": run.mask(first, hidden.shape[1]),
-            "position_ids": position,
-            "position_embeddings": self.decoder.rotary_emb(hidden, position_ids=position),
+            "attention_mask": run.mask(first, rows),
+            "position_ids": layout.position[:, -rows:],
+            "position_embeddings": rotary,
         }
         return (hidden, *args[1:]), kwargs
 
@@ -245,7 +246,7 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 @contextmanager
 def attach(model: Any, program: Program) -> Iterator[None]:
-    """Run ``model`` (a :class:`~vlm.models.vision_language.VisionLanguageModel`) under ``program`` in this block.
+    """Run ``model`` (a :class:`~vlm.models.base.BaseVlm`) under ``program`` in this block.
 
     The empty program touches nothing, so the model is the bare model to the bit. On exit hooks, attention
     implementation and config are as before, whatever happened inside.

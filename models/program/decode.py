@@ -1,16 +1,14 @@
 """Decoding: the one loop that generates, with as many streams as the program's logits ops ask for."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from vlm.models.base import BaseVlm, Stream
 from vlm.models.errors import ModelError
-from vlm.models.program.layout import compact
-from vlm.models.splice import IMAGE_TOKEN
-from vlm.models.vision_language import Inputs, Stream, VisionLanguageModel
 
 
 class Sampling(NamedTuple):
@@ -20,19 +18,13 @@ class Sampling(NamedTuple):
     seed: int = 0
 
 
-def without_images(inputs: Inputs) -> Inputs:
-    """The same prompts with their images removed, placeholders included."""
-    index, valid = compact(inputs.valid & (inputs.tokens != IMAGE_TOKEN), "right")
-    tokens = inputs.tokens.gather(1, index).masked_fill(~valid, 0)
-    return Inputs(tokens, valid, inputs.images[:0], inputs.owner[:0], inputs.keys)
+STREAMS: dict[str, Callable[[Any], Any]] = {
+    "main": lambda inputs: inputs,
+    "no_image": lambda inputs: inputs.without_images(),
+}
 
 
-STREAMS: dict[str, Callable[[Inputs], Inputs]] = {"main": lambda inputs: inputs, "no_image": without_images}
-
-
-def open_streams(
-    model: VisionLanguageModel, inputs: Inputs
-) -> tuple[dict[str, Float[Tensor, "batch vocab"]], dict[str, Stream]]:
+def open_streams(model: BaseVlm, inputs: Any) -> tuple[dict[str, Float[Tensor, "batch vocab"]], dict[str, Stream]]:
     """Run the prompts through every stream that the attached program asks for.
 
     Returns next-token logits and stream by name; ``"main"`` is always there.
@@ -49,7 +41,7 @@ def open_streams(
 
 @torch.inference_mode()
 def generate(
-    model: VisionLanguageModel, inputs: Inputs, *, max_new_tokens: int, stop: int, sampling: Sampling | None = None
+    model: BaseVlm, inputs: Any, *, max_new_tokens: int, stop: int, sampling: Sampling | None = None
 ) -> list[list[int]]:
     """Continue each prompt until ``stop`` or ``max_new_tokens`` tokens; ``stop`` itself is not returned.
 

@@ -6,6 +6,7 @@ there. :mod:`vlm.models.program.attach` is the only module that knows how Transf
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
 from jaxtyping import Bool, Float, Int
@@ -146,10 +147,15 @@ def cut(site: Site, keep: Budget, selector: Selector, position: Position = "keep
 
 
 class Decoder(NamedTuple):
-    """What a method may know of the language model it acts on."""
+    """What a method may know of the language model it acts on.
+
+    refuses: what a program may not do to it and why, by the name of a site (``"vit.out"``), of an op (``"Regroup"``)
+    or of a position policy (``"reindex"``).
+    """
 
     layers: int
     width: int
+    refuses: Mapping[str, str] = MappingProxyType({})
 
 
 def signals_of(program: Program) -> set[Signal]:
@@ -171,6 +177,10 @@ def check(program: Program, decoder: Decoder) -> None:
         if site.layer >= decoder.layers or (site.name == "llm.before" and site.layer < 1):
             first = 1 if site.name == "llm.before" else 0
             raise ModelError(f"{site}: the language model has layers {first}..{decoder.layers - 1}; found {site.layer}")
+    for site, op in program:
+        for what in (site.name, type(op).__name__, getattr(op, "position", "")):
+            if what in decoder.refuses:
+                raise ModelError(f"{site}: {decoder.refuses[what]}")
     cuts = [site for site, op in program if isinstance(op, Select)]
     for site in cuts:
         if cuts.count(site) > 1:

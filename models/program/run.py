@@ -13,7 +13,8 @@ class Run:
 
     layouts: first layer -> layout of the sequence from that layer on; a cut adds one. kept: layer -> the places that
     its cut kept, None if all. prompt: whether the pass under way is the prompt's. seed: an integer of each image's
-    pixels.
+    pixels. deep: features [batch, length, width] that a model adds after its first decoder layers, one tensor each, at
+    the places of the sequence as the data layer made it (``Layout.source``).
     """
 
     def __init__(self, layout: Layout, side: Side, seed: Int[Tensor, " images"]) -> None:
@@ -22,6 +23,7 @@ class Run:
         self.seed = seed
         self.kept: dict[int, Int[Tensor, "batch kept"] | None] = {}
         self.prompt = True
+        self.deep: list[Float[Tensor, "batch length width"]] = []
         self.signals: dict[Signal, Float[Tensor, "batch keys"]] = {}
         self._masks: dict[int, Bool[Tensor, "batch 1 rows keys"] | None] = {}
 
@@ -51,11 +53,13 @@ class Run:
         return self._masks[first]
 
     def _build_mask(self, layout: Layout, rows: int) -> Bool[Tensor, "batch 1 rows keys"] | None:
-        valid = layout.valid
-        if bool(valid.all()):
+        valid, block = layout.valid, layout.block
+        if bool(valid.all()) and (block is None or bool((block[:, -rows:] < 0).all())):
             return None
         keys = valid.shape[1]
         causal = torch.ones(rows, keys, dtype=torch.bool, device=valid.device).tril(keys - rows)
+        if block is not None:
+            causal = causal | ((block[:, -rows:, None] == block[:, None, :]) & (block[:, None, :] >= 0))
         itself = torch.eye(keys, dtype=torch.bool, device=valid.device)[keys - rows :]
         return ((causal & valid[:, None, :]) | itself)[:, None]  # a padding row sees itself, so no row is empty
 

@@ -6,7 +6,7 @@ import torch
 from vlm.models.errors import ModelError
 from vlm.models.program.attach import attach
 from vlm.models.program.budget import Budget
-from vlm.models.program.decode import Sampling, generate, without_images
+from vlm.models.program.decode import Sampling, generate
 from vlm.models.program.program import LOGITS, Rewrite
 from vlm.models.pruners.fastv import Fastv
 
@@ -79,7 +79,7 @@ def test_sampling_follows_the_distribution_and_the_seed(make_model, batch):
 
 def test_prompts_without_their_images(batch):
     inputs = batch("tt#ttt", "t#t", "#t##tt", side="left")
-    bare = without_images(inputs)
+    bare = inputs.without_images()
     assert len(bare.images) == 0 and len(bare.owner) == 0
     for b in range(3):
         text = inputs.tokens[b][inputs.valid[b] & (inputs.tokens[b] >= 0)]
@@ -88,9 +88,9 @@ def test_prompts_without_their_images(batch):
 
 def test_a_stream_without_images_is_not_cut(make_model, batch):
     model, inputs = make_model(), batch("tt#ttt", "tt")
-    plain, _ = model.prefill(without_images(inputs))
+    plain, _ = model.prefill(inputs.without_images())
     with attach(model, Fastv(Budget.parse("25%")).program(model.decoder_facts)):
-        logits, stream = model.prefill(without_images(inputs))
+        logits, stream = model.prefill(inputs.without_images())
         model.step(stream, torch.tensor([1, 2]))
     assert torch.equal(logits, plain)
 

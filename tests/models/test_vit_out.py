@@ -23,7 +23,7 @@ def test_equals_the_same_cut_after_the_connector_with_new_positions(make_model, 
             found.append((out.hidden[out.layout.valid], logits, model.step(stream, more), out.layout))
     for one, other in zip(found[0][:3], found[1][:3], strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
-    for one, other in zip(found[0][3], found[1][3], strict=True):
+    for one, other in zip(found[0][3][:7], found[1][3][:7], strict=True):  # the fields that every model has
         assert torch.equal(one[found[0][3].valid], other[found[1][3].valid])
 
 

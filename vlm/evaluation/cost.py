@@ -20,7 +20,7 @@ def layer_flops(tokens: float, width: int, mlp: int) -> float:
 def prompt_cost(model: VisionLanguageModel, inputs: Inputs) -> dict[str, Any]:
     """Mean cost of a prompt of ``inputs`` under the attached program, summed over its decode streams."""
     config: Any = model.language.config
-    layers, width = model.decoder_facts
+    layers, width = model.decoder_facts.layers, model.decoder_facts.width
     head = getattr(config, "head_dim", None) or width // config.num_attention_heads
     _, streams = open_streams(model, inputs)
     flops = cache = 0.0
@@ -33,7 +33,7 @@ def prompt_cost(model: VisionLanguageModel, inputs: Inputs) -> dict[str, Any]:
     per_layer = streams["main"].run.visual_tokens(layers)
     return {
         "visual_tokens": {
-            "before": model.visual_tokens * len(inputs.images) / len(inputs.tokens),
+            "before": float(model.visual_counts(inputs).float().mean()),
             "after": per_layer[-1],
             "average": sum(per_layer) / layers,
             "per_layer": per_layer,

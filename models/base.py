@@ -1,0 +1,141 @@
+"""What every vision-language model here has in common: its passes, however images became tokens."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from vlm.models.program.attach import Engine
+from vlm.models.program.layout import Layout, Side
+from vlm.models.program.program import Decoder
+from vlm.models.program.run import Run
+
+
+class Output(NamedTuple):
+    """loss: sum over supervised tokens of weight times cross-entropy; weight: the sum of the weights.
+
+    hidden and layout describe the sequence that left the decoder (shorter than what entered if it was cut).
+    """
+
+    loss: Float[Tensor, ""]
+    weight: Float[Tensor, ""]
+    hidden: Float[Tensor, "batch length width"]
+    layout: Layout
+
+
+class Stream(NamedTuple):
+    """One context of a decode: its key/value cache and what is known of its sequence."""
+
+    cache: DynamicCache
+    run: Run
+
+
+class BaseVlm(nn.Module):
+    """Images and text in, next-token logits out. Programs are attached with
+    :func:`vlm.models.program.attach.attach`.
+
+    A subclass says how a batch becomes embeddings and a layout (``_enter``), which part is the language model
+    (``language``, ``decoder``) and its head (``logits``).
+    """
+
+    engine: Engine | None  # set by attach() for the time of its block
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.engine = None
+
+    @property
+    def decoder(self) -> Any:
+        """The language model without its head."""
+        raise NotImplementedError
+
+    @property
+    def refuses(self) -> Mapping[str, str]:
+        """What no program may do to this model, and why; see :class:`~vlm.models.program.program.Decoder`."""
+        return {}
+
+    @property
+    def decoder_facts(self) -> Decoder:
+        config: Any = self.decoder.config
+        return Decoder(config.num_hidden_layers, config.hidden_size, self.refuses)
+
+    def visual_counts(self, inputs: Any) -> Int[Tensor, " batch"]:
+        """Visual tokens of each row before any cut."""
+        raise NotImplementedError
+
+    def forward(self, inputs: Any, weights: Float[Tensor, "batch length"] | None = None) -> Output:
+        """One pass; ``weights[b, t]`` is the loss weight of predicting ``tokens[b, t]``, none by default."""
+        embeds, run = self._enter(inputs, side=None)
+        hidden = self._decode(embeds, run, None)
+        loss, weight = self._loss(hidden, run.last, inputs.tokens, weights)
+        return Output(loss, weight, hidden, run.last)
+
+    def prefill(self, inputs: Any) -> tuple[Float[Tensor, "batch vocab"], Stream]:
+        """Run prompts; returns the logits of the next token and the stream that :meth:`step` continues."""
+        embeds, run = self._enter(inputs, side="left")  # left padding: every row ends at the last place
+        cache = DynamicCache(config=self.decoder.config)
+        hidden = self._decode(embeds, run, cache)
+        return self.logits(hidden[:, -1]), Stream(cache, run)
+
+    def step(self, stream: Stream, tokens: Int[Tensor, " batch"]) -> Float[Tensor, "batch vocab"]:
+        """Append one token to each row of ``stream``; returns the logits of the next token."""
+        stream.run.append()
+        embeds = self.decoder.get_input_embeddings()(tokens[:, None])
+        return self.logits(self._decode(embeds, stream.run, stream.cache)[:, -1])
+
+    def logits(self, hidden: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows vocab"]:
+        """The language model's head."""
+        raise NotImplementedError
+
+    def _enter(self, inputs: Any, side: Side | None) -> tuple[Tensor, Run]:
+        """Embeddings [batch, length, width] of a batch and the run that begins, rows padded on ``side``.
+
+        Without a side, rows stay padded as they come. The cut at ``llm.in`` is made here.
+        """
+        raise NotImplementedError
+
+    def _decode(self, embeds: Tensor, run: Run, cache: DynamicCache | None) -> Float[Tensor, "batch rows width"]:
+        return self.decoder(
+            inputs_embeds=embeds,
+            attention_mask=self._mask(embeds, run, cache),
+            position_ids=run.layouts[0].position_ids(embeds.shape[1]),
+            past_key_values=cache,
+            use_cache=cache is not None,
+            **self._tag(run),
+        ).last_hidden_state
+
+    def _tag(self, run: Run) -> dict[str, Any]:
+        """Keyword arguments that travel with the pass, through the decoder's layers to what acts in them."""
+        return {} if self.engine is None else self.engine.tag(run)
+
+    def _mask(self, embeds: Tensor, run: Run, cache: DynamicCache | None) -> Any:
+        """What the decoder takes as its attention mask. Always given: without one Transformers reads jumps of
+        position ids as packed samples."""
+        return run.layouts[0].valid.long()
+
+    def _loss(
+        self, hidden: Tensor, layout: Layout, tokens: Tensor, weights: Tensor | None
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        zero = hidden.new_zeros((), dtype=torch.float32)
+        if weights is None:
+            return zero, zero
+        # The place before a supervised token predicts it; only those places go through the head.
+        text = layout.valid & ~layout.visual
+        target = tokens.gather(1, layout.source)[:, 1:]
+        weight = (weights.gather(1, layout.source) * text)[:, 1:].float()
+        chosen = weight > 0
+        if not bool(chosen.any()):
+            return self.logits(hidden[:, :1]).float().sum() * 0.0, zero  # keeps every parameter in the graph
+        logits = self.logits(hidden[:, :-1][chosen]).float()  # [supervised, vocab]
+        each = nn.functional.cross_entropy(logits, target[chosen], reduction="none")
+        return (each * weight[chosen]).sum(), weight.sum()
+
+
+def pixel_seed(images: Float[Tensor, "images *pixels"]) -> Int[Tensor, " images"]:
+    """An integer of each image's pixels: exact, so the same image gives it in any batch."""
+    bits = images.detach().float().contiguous().view(torch.int32).flatten(1).long()
+    place = torch.arange(1, bits.shape[1] + 1, device=bits.device) % 8191
+    return (bits * place).sum(1) % 2**40

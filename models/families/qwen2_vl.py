@@ -1,0 +1,52 @@
+"""Qwen2-VL and Qwen2.5-VL: images of any size as one grid each, positions on three axes."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from vlm.models.family import Family, Picture, raster
+
+
+class Qwen2Vl(Family):
+    """Qwen2-VL and Qwen2.5-VL: native resolution, merged patches, multimodal rotary positions (M-RoPE)."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl", "qwen2_5_vl")
+    refuses: ClassVar[Mapping[str, str]] = {
+        "reindex": "position ids on three axes cannot be counted anew; set position: keep (found reindex)"
+    }
+
+    def pictures(self, media: Mapping[str, Tensor]) -> list[Picture]:
+        grids = media["image_grid_thw"]  # [N,3] time, rows, columns, in patches
+        found = self.model.model.get_image_features(media["pixel_values"], grids, return_dict=True)
+        pixels = media["pixel_values"].split(grids.prod(1).tolist())
+        columns = (grids[:, 2] // self.config.vision_config.spatial_merge_size).tolist()
+        counts = [len(features) for features in found.pooler_output]
+        deep: Sequence[Sequence[Tensor]] = list(zip(*self._deep(found, counts), strict=True)) or [()] * len(counts)
+        return [raster(*image) for image in zip(found.pooler_output, columns, pixels, deep, strict=True)]
+
+    def _deep(self, found: Any, counts: Sequence[int]) -> list[Sequence[Tensor]]:
+        """Features of each image for the first decoder layers: level by level."""
+        return []
+
+    def blank(self) -> dict[str, Tensor]:
+        vision = self.config.vision_config
+        merge = vision.spatial_merge_size
+        numbers = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        return {"pixel_values": torch.zeros(merge**2, numbers), "image_grid_thw": torch.tensor([[1, merge, merge]])}
+
+    def axes(
+        self,
+        tokens: Int[Tensor, "batch length"],
+        valid: Bool[Tensor, "batch length"],
+        visual: Bool[Tensor, "batch length"],
+        media: Mapping[str, Tensor],
+    ) -> Int[Tensor, "batch length 3"]:
+        if "image_grid_thw" not in media:
+            return (valid.long().cumsum(1) - 1).clamp_min(0)[..., None].expand(-1, -1, 3)
+        ids, _ = self.model.model.get_rope_index(
+            tokens, visual.int(), image_grid_thw=media["image_grid_thw"], attention_mask=valid.long()
+        )
+        return ids.permute(1, 2, 0)

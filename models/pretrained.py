@@ -1,0 +1,210 @@
+"""Vision-language models of Hugging Face, run through our layout and programs: no modeling code of our own."""
+
+import os
+from collections.abc import Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
+
+from vlm.models.base import BaseVlm, pixel_seed
+from vlm.models.errors import ModelError
+from vlm.models.family import Picture, find_family
+from vlm.models.program.attach import RUN
+from vlm.models.program.layout import IMAGE, PAD, TEXT, Layout, Side, compact
+from vlm.models.program.run import Run
+
+_PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")
+
+
+class PretrainedInputs(NamedTuple):
+    """A batch as a Hugging Face processor makes it: an image stands in ``tokens`` as often as it has visual tokens.
+
+    visual marks those places. types are the processor's ``token_type_ids``, for the families that go by them. media
+    are its tensors about images, whatever they are called. Images come in the order of their places.
+    """
+
+    tokens: Int[Tensor, "batch length"]
+    valid: Bool[Tensor, "batch length"]
+    visual: Bool[Tensor, "batch length"]
+    media: Mapping[str, Tensor] = MappingProxyType({})
+    types: Int[Tensor, "batch length"] | None = None
+    keys: Sequence[str] = ()
+
+    def take(self, keep: Bool[Tensor, "batch length"], side: Side) -> "PretrainedInputs":
+        """The places to keep of every row, in order, padded on ``side``."""
+        index, valid = compact(keep, side)
+        tokens, visual = self.tokens.gather(1, index), self.visual.gather(1, index) & valid
+        types = None if self.types is None else self.types.gather(1, index)
+        return self._replace(tokens=tokens.masked_fill(~valid, 0), valid=valid, visual=visual, types=types)
+
+    def without_images(self) -> "PretrainedInputs":
+        """The same prompts with their images removed; text that a template put around an image stays."""
+        return self.take(self.valid & ~self.visual, "left")._replace(media={})
+
+
+class PretrainedVlm(BaseVlm):
+    """A Hugging Face model under the surface of :class:`~vlm.models.base.BaseVlm`.
+
+    Its language model, head, encoder and connector are Transformers' own modules, and logits are Transformers' own to
+    the bit; only the step between them, images into the sequence, is done here so that a program can act on it.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.family = find_family(model.config.model_type)(model)
+        self.model = model
+        for level in range(self.family.deep):
+            self.decoder.layers[level].register_forward_hook(partial(_add_deep, level), with_kwargs=True)
+
+    @property
+    def language(self) -> Any:
+        return self.decoder
+
+    @property
+    def decoder(self) -> Any:
+        return self.model.get_decoder()
+
+    @property
+    def refuses(self) -> Mapping[str, str]:
+        kind = self.model.config.model_type
+        return {
+            "vit.out": f"{kind} encodes and projects images in one step of Transformers; prune at llm.in instead",
+            **self.family.refuses,
+        }
+
+    def inputs(self, batch: Mapping[str, Any], keys: Sequence[str] = ()) -> PretrainedInputs:
+        """The batch that a Hugging Face processor returned (``return_tensors="pt"``), as this model takes it.
+
+        Raises ModelError for a video.
+        """
+        if video := [name for name, value in batch.items() if "video" in name and value is not None]:
+            raise ModelError(f"{self.model.config.model_type}: images only here; found {video[0]}, a video")
+        tokens = batch["input_ids"]
+        valid = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(tokens).bool()
+        media = {name: value for name, value in batch.items() if name not in _PER_TOKEN and isinstance(value, Tensor)}
+        visual = (tokens == self.family.image_token) & valid
+        return PretrainedInputs(tokens, valid, visual, media, batch.get("token_type_ids"), keys)
+
+    def visual_counts(self, inputs: PretrainedInputs) -> Int[Tensor, " batch"]:
+        return inputs.visual.sum(1)
+
+    def encode(self, inputs: PretrainedInputs) -> Sequence[Picture]:
+        """The images of a batch as visual tokens. Raises ModelError when they do not fill their places exactly."""
+        pictures = self.family.pictures(inputs.media) if "pixel_values" in inputs.media else []
+        _check_places(inputs, [len(picture.features) for picture in pictures])
+        return self.family.join(pictures, inputs.visual)
+
+    def logits(self, hidden: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows vocab"]:
+        return self.family.logits(hidden)
+
+    def _enter(self, inputs: PretrainedInputs, side: Side | None) -> tuple[Tensor, Run]:
+        padded_left = bool((~inputs.valid[:, 0]).any())
+        if side is not None and padded_left != (side == "left"):
+            inputs = inputs.take(inputs.valid, side)
+        pictures = self.encode(inputs)
+        embeds = self.decoder.get_input_embeddings()(inputs.tokens.masked_fill(inputs.visual, 0))
+        if pictures:
+            features = torch.cat([picture.features for picture in pictures]).to(embeds)
+            embeds = embeds.masked_scatter(inputs.visual[..., None], features)
+        elif self.training:
+            embeds = embeds + self._blank(embeds)
+        seed = torch.cat([pixel_seed(picture.pixels[None]) for picture in pictures] or [inputs.tokens.new_empty(0)])
+        run = Run(self._layout(inputs, pictures), side or ("left" if padded_left else "right"), seed)
+        deep = zip(*(picture.deep for picture in pictures), strict=True)
+        run.deep = [_spread(torch.cat(level), inputs.visual) for level in deep]
+        return (embeds if self.engine is None else self.engine.enter_language(embeds, run)), run
+
+    def _layout(self, inputs: PretrainedInputs, pictures: Sequence[Picture]) -> Layout:
+        tokens, valid, visual = inputs.tokens, inputs.valid, inputs.visual
+        place = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+        fill, nothing = torch.full_like(tokens, -1), tokens.new_empty(0)
+        image = [torch.full_like(picture.row, number) for number, picture in enumerate(pictures)]
+        image, row, col = (
+            fill.masked_scatter(visual, torch.cat([nothing, *values]))
+            for values in (image, [picture.row for picture in pictures], [picture.col for picture in pictures])
+        )
+        axes = self.family.axes(tokens, valid, visual, inputs.media)
+        position = (valid.long().cumsum(1) - 1).clamp_min(0) + self.family.first_position
+        return Layout(
+            role=torch.where(visual, IMAGE, torch.where(valid, TEXT, PAD)),
+            image=image,
+            row=row,
+            col=col,
+            position=position if axes is None else axes.amax(2),
+            sample=torch.arange(len(tokens), device=tokens.device)[:, None].expand(tokens.shape),
+            source=place,
+            axes=axes,
+            block=self.family.block(visual, inputs.types),
+        )
+
+    def _blank(self, embeds: Tensor) -> Tensor:
+        """Zero, through the vision path: its parameters get a gradient while another rank waits to reduce theirs."""
+        media = {name: value.to(embeds.device) for name, value in self.family.blank().items()}
+        pictures = self.family.pictures(media)
+        total = torch.stack([part.sum() for picture in pictures for part in (picture.features, *picture.deep)]).sum()
+        return 0.0 * total.to(embeds.dtype)
+
+    def _mask(self, embeds: Tensor, run: Run, cache: DynamicCache | None) -> Any:
+        layout = run.layouts[0]
+        plain = super()._mask(embeds, run, cache)
+        if layout.block is None or not run.prompt:
+            return plain
+        return self.model.create_masks_for_generate(
+            self.model.config, embeds, plain, cache, layout.position, token_type_ids=self.family.mask_types(layout)
+        )
+
+    def _tag(self, run: Run) -> dict[str, Any]:
+        return super()._tag(run) | ({RUN: run} if run.deep else {})
+
+
+def load_pretrained(name: str | os.PathLike[str]) -> PretrainedVlm:
+    """A vision-language model of a folder or a hub name, with sdpa attention, in eval mode.
+
+    Raises ModelError when there is none or its family is not one of ours.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model: no checkpoint at {str(name)!r}: {str(error).splitlines()[0]}") from None
+    find_family(config.model_type)  # before gigabytes are read
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(name, attn_implementation="sdpa")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model: cannot load {str(name)!r}: {str(error).splitlines()[0]}") from None
+    return PretrainedVlm(model).eval()
+
+
+def _check_places(inputs: PretrainedInputs, features: Sequence[int]) -> None:
+    """Refuse a batch in which a row's image tokens are not those of whole images."""
+    left = list(features)
+    for row, found in enumerate(inputs.visual.sum(1).tolist()):
+        expected = 0
+        while expected < found and left:
+            expected += left.pop(0)
+        if expected != found:
+            name = inputs.keys[row] if inputs.keys else f"row {row}"
+            raise ModelError(f"sample {name}: expected {expected} image tokens, those of whole images; found {found}")
+    if left:
+        raise ModelError(f"expected a place for each of {len(features)} images; found none for the last {len(left)}")
+
+
+def _spread(values: Float[Tensor, "tokens width"], visual: Bool[Tensor, "batch length"]) -> Tensor:
+    """[batch, length, width] with the values at the visual places."""
+    return values.new_zeros(*visual.shape, values.shape[1]).masked_scatter(visual[..., None], values)
+
+
+def _add_deep(level: int, module: Any, args: tuple, kwargs: dict[str, Any], hidden: Tensor) -> Tensor | None:
+    """Forward hook of decoder layer ``level``: add its visual features where the visual tokens now stand."""
+    run: Run | None = kwargs.get(RUN)
+    if run is None or not run.prompt:
+        return None
+    layout = run.layouts[run.stage(level)]
+    visual, source = layout.visual, layout.source[..., None].expand(-1, -1, hidden.shape[2])
+    added = hidden.clone()
+    added[visual] = hidden[visual] + run.deep[level].gather(1, source)[visual].to(hidden)
+    return added

@@ -1,0 +1,319 @@
+"""Tiny random checkpoints with real processors, saved and loaded through us, and the checks that every family passes.
+
+A family's test file gives its config and its processor; ``check`` runs once for each function of ``CHECKS``. The truth
+is Transformers: its forward pass, its ``generate``, and for a cut its own layers on what was kept.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, CLIPVisionConfig, PreTrainedTokenizerFast, SiglipVisionConfig
+
+from vlm.models.errors import ModelError
+from vlm.models.pretrained import PretrainedVlm, load_pretrained
+from vlm.models.program.attach import attach
+from vlm.models.program.budget import Budget
+from vlm.models.program.decode import generate
+from vlm.models.program.program import LLM_IN, Select, llm_before
+from vlm.models.program.select import even_stride
+from vlm.models.pruners.divprune import Divprune
+from vlm.models.pruners.fastv import Fastv
+from vlm.models.pruners.random import Random
+
+# every letter is a word, # an image; different lengths, 0 to 2 images
+ROWS = ("ab#c", "de", "#fghij#k")
+HALF = Budget.parse("50%")
+STEPS = 4
+
+
+def tiny_tokenizer(*special: str, **named: str) -> PreTrainedTokenizerFast:
+    """One token a letter; ``special`` and ``named`` (image_token="<image>") are tokens wherever they stand."""
+    words = ["<pad>", "<bos>", "<eos>", "<unk>", *map(chr, range(97, 123))]
+    plain = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=plain,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        **({"extra_special_tokens": named} if named else {}),
+    )
+    tokenizer.add_tokens([*special, *named.values()], special_tokens=True)
+    return tokenizer
+
+
+def tiny_text(**more: Any) -> dict[str, Any]:
+    """What every tiny language model has; weights so large that attention is far from even."""
+    return {
+        "vocab_size": 120,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.25,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    } | more
+
+
+def tiny_tower(kind: type = CLIPVisionConfig, **more: Any) -> Any:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    return kind(**{**sizes, "image_size": 32, "patch_size": 8, "initializer_range": 0.1, **more})
+
+
+class Case(NamedTuple):
+    """A checkpoint as Transformers loads it and as we do."""
+
+    stock: Any
+    ours: PretrainedVlm
+    processor: Any
+    folder: Path
+    placeholder: str  # what stands for an image in a prompt
+    needs_images: bool  # its processor takes no batch without images
+    inside: bool  # programs may cut inside its language model
+
+    def batch(self, rows: Sequence[str] = ROWS, side: str = "right", double: bool = False) -> Any:
+        """What the processor makes of rows of letters and images; image sizes differ."""
+        texts = [" ".join(self.placeholder if mark == "#" else mark for mark in row) for row in rows]
+        images = [[noise(ord(row[0]) + number) for number in range(row.count("#"))] for row in rows]
+        options: Any = {"padding": True, "padding_side": side, "return_tensors": "pt"}
+        if any(images):
+            flat = [image for row in images for image in row]
+            batch = self.processor(text=texts, images=images if self.nested else flat, **options)
+        else:
+            batch = (self.processor.tokenizer if self.needs_images else self.processor)(text=texts, **options)
+        batch = {name: value for name, value in batch.items() if name != "labels"}
+        return {n: v.double() if double and v.is_floating_point() else v for n, v in batch.items()}
+
+    @property
+    def nested(self) -> bool:
+        return "Idefics" in type(self.processor).__name__ or "Gemma3" in type(self.processor).__name__
+
+
+def noise(seed: int) -> Image.Image:
+    """A picture of noise; its size goes by the seed."""
+    rows, cols = [(40, 60), (70, 30), (33, 90)][seed % 3]
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (rows, cols, 3), np.uint8))
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Any:
+    """The building blocks of a family's config and processor."""
+
+    class Tiny:
+        tokenizer = staticmethod(tiny_tokenizer)
+        text = staticmethod(tiny_text)
+        clip = staticmethod(tiny_tower)
+
+        @staticmethod
+        def siglip(**more: Any) -> Any:
+            return tiny_tower(SiglipVisionConfig, **more)
+
+    return Tiny
+
+
+@pytest.fixture(scope="session")
+def make_case(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Case]:
+    """Save a random checkpoint and load it twice; made once for each config class and processor class."""
+    made: dict[Any, Case] = {}
+
+    def make(config: Any, processor: Any, placeholder: str, *, needs_images: bool = False, inside: bool = True) -> Case:
+        if (name := config.model_type) not in made:
+            folder = tmp_path_factory.mktemp(name)
+            torch.manual_seed(0)
+            AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+            processor.save_pretrained(folder)
+            stock = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="sdpa").eval()
+            made[name] = Case(stock, load_pretrained(folder), processor, folder, placeholder, needs_images, inside)
+        return made[name]
+
+    return make
+
+
+def logits_are_equal(case: Case, rows: Sequence[str] = ROWS) -> None:
+    batch = case.batch(rows)
+    out = case.ours(case.ours.inputs(batch))
+    real = batch["attention_mask"].bool()
+    assert torch.equal(case.ours.logits(out.hidden)[real], case.stock(**batch).logits[real])
+
+
+def generations_are_equal(case: Case, rows: Sequence[str] = ROWS) -> None:
+    batch = case.batch(rows, side="left")
+    options: Any = {"do_sample": False, "eos_token_id": -1, "return_dict_in_generate": True, "output_logits": True}
+    theirs = case.stock.generate(**batch, max_new_tokens=STEPS, **options)
+    new = theirs.sequences[:, batch["input_ids"].shape[1] :]
+    for side in ("left", "right"):  # rows that come padded on the right are moved
+        logits, stream = case.ours.prefill(case.ours.inputs(case.batch(rows, side=side)))
+        for step in range(STEPS):
+            assert torch.equal(logits, theirs.logits[step]), (side, step)
+            logits = case.ours.step(stream, new[:, step])
+    assert generate(case.ours, case.ours.inputs(batch), max_new_tokens=STEPS, stop=-1) == new.tolist()
+
+
+def text_alone_works(case: Case) -> None:
+    logits_are_equal(case, ("abc", "d"))
+    generations_are_equal(case, ("abc", "d"))
+
+
+def layout_says_what_stands_where(case: Case) -> None:
+    batch = case.batch()
+    run = case.ours.prefill(case.ours.inputs(batch))[1].run
+    layout, token = run.layouts[0], case.stock.config.image_token_id
+    assert torch.equal(layout.visual.sum(1), (batch["input_ids"] == token).sum(1))
+    assert torch.equal(layout.valid.sum(1), batch["attention_mask"].sum(1))
+    for visual, *places in zip(layout.visual, layout.image, layout.row, layout.col, strict=True):
+        found = torch.stack([place[visual] for place in places], 1).tolist()
+        assert len({*map(tuple, found)}) == len(found)  # no two tokens of a row at one place
+        assert [image for image, *_ in found] == sorted(image for image, *_ in found)
+        assert all(bool((place[~visual] == -1).all()) for place in places)
+
+
+def everything_kept_is_the_bare_model(case: Case) -> None:
+    inputs = case.ours.inputs(case.batch())
+    plain, _ = case.ours.prefill(inputs)
+    sites = [LLM_IN, llm_before(1)] if case.inside else [LLM_IN]
+    with attach(case.ours, tuple((site, Select(Budget.parse("100%"), even_stride())) for site in sites)):
+        assert torch.equal(case.ours.prefill(inputs)[0], plain)
+    for method in (Random, Divprune):
+        with attach(case.ours, method(keep=Budget.parse("100%")).program(case.ours.decoder_facts)):
+            assert torch.equal(case.ours.prefill(inputs)[0], plain)
+
+
+def take(value: Any, kept: Tensor) -> Any:
+    """Whatever Transformers hands to a layer, at the kept places: masks, rotary tables, states, positions."""
+    if isinstance(value, tuple | list):
+        return type(value)(take(part, kept) for part in value)
+    if isinstance(value, dict):
+        return {name: take(part, kept) for name, part in value.items()}
+    if not isinstance(value, Tensor):
+        return value
+    if value.dtype == torch.bool and value.ndim == 4:  # a mask
+        return value[:, :, kept][..., kept]
+    return value[..., kept] if not value.is_floating_point() else value[..., kept, :]
+
+
+def cut_equals_stock_layers_on_what_was_kept(case: Case) -> None:
+    """At llm.in and before layer 1, one sample: Transformers' layers with everything gathered by hand."""
+    ours, stock = case.ours, case.stock
+    batch, seen = case.batch(ROWS[2:]), []
+    decoder = stock.get_decoder()
+    hook = lambda module, args, kwargs: seen.append((args, kwargs))  # noqa: E731
+    handles = [part.register_forward_pre_hook(hook, with_kwargs=True) for part in (decoder, decoder.layers[1])]
+    stock(**batch, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    (_, whole), ((hidden,), inside) = seen
+    for site in (LLM_IN, llm_before(1)) if case.inside else (LLM_IN,):
+        with attach(ours, ((site, Select(HALF, even_stride())),)):
+            out = ours(ours.inputs(batch))
+        kept = out.layout.source[0]
+        visual = batch["input_ids"][0] == stock.config.image_token_id
+        assert int(visual[kept].sum()) == round(int(visual.sum()) / 2)
+        if site == LLM_IN:
+            more = {k: v for k, v in whole.items() if k not in ("visual_pos_masks", "deepstack_visual_embeds")}
+            more = {name: take(value, kept) for name, value in more.items()} | deep_of(whole, visual, kept)
+            more["attention_mask"] = square(more.get("attention_mask"), len(kept))
+            if more.get("position_ids") is None:
+                more["position_ids"] = kept[None]
+            expected = decoder(**more).last_hidden_state
+        else:
+            state = decoder.layers[1](take(hidden, kept), **{n: take(v, kept) for n, v in inside.items()})
+            if levels := deep_of(whole, visual, kept):
+                state[levels["visual_pos_masks"]] += levels["deepstack_visual_embeds"][1]
+            expected = decoder.norm(state)
+        torch.testing.assert_close(out.hidden, expected, rtol=0, atol=1e-5)
+
+
+def square(mask: Any, length: int) -> Any:
+    """A 2-d mask of ones as a causal one: without it a jump of position ids would be read as packed samples."""
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+    return mask
+
+
+def deep_of(whole: dict[str, Any], visual: Tensor, kept: Tensor) -> dict[str, Any]:
+    if whole.get("deepstack_visual_embeds") is None:
+        return {}
+    number = visual.cumsum(0) - 1
+    levels = [level[number[kept[visual[kept]]]] for level in whole["deepstack_visual_embeds"]]
+    return {"visual_pos_masks": visual[kept][None], "deepstack_visual_embeds": levels}
+
+
+def a_sample_alone_equals_the_sample_in_a_batch(case: Case) -> None:
+    model = case.ours.double()
+    programs: list[Any] = [(), Random(keep=HALF), Divprune(HALF, position="keep")] + (
+        [Fastv(HALF, 1)] if case.inside else []
+    )
+    try:
+        for method in programs:
+            with attach(model, method.program(model.decoder_facts) if method else ()):
+                together, stream = model.prefill(model.inputs(case.batch(double=True)))
+                more = torch.tensor([5, 6, 7])
+                after = model.step(stream, more)
+                for row, text in enumerate(ROWS):
+                    if case.needs_images and "#" not in text:
+                        continue
+                    alone, one = model.prefill(model.inputs(case.batch([text], double=True)))
+                    torch.testing.assert_close(alone[0], together[row], rtol=0, atol=1e-8)
+                    torch.testing.assert_close(model.step(one, more[row : row + 1])[0], after[row], rtol=0, atol=1e-8)
+    finally:
+        model.float()
+
+
+def a_truncated_image_is_refused(case: Case) -> None:
+    batch = case.batch(ROWS[2:])
+    place = (batch["input_ids"][0] == case.stock.config.image_token_id).nonzero().max()
+    cut = {name: value[:, :place] if name in PER_TOKEN else value for name, value in batch.items()}
+    with pytest.raises(ModelError, match=r"sample street/7: expected \d+ image tokens, those of whole images; found"):
+        case.ours(case.ours.inputs(cut, keys=["street/7"]))
+
+
+PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+
+
+def a_blank_image_trains_the_vision_path(case: Case) -> None:
+    """A batch of text alone gives every trained part a gradient, so that no rank waits for it."""
+    case.ours.train()
+    try:
+        inputs = case.ours.inputs(case.batch(("abc", "d")))
+        case.ours(inputs, torch.ones(inputs.tokens.shape)).loss.backward()
+        tower = case.ours.model.get_encoder(modality="image")
+        assert any(p.grad is not None for p in tower.parameters())
+    finally:
+        case.ours.zero_grad(set_to_none=True)
+        case.ours.eval()
+
+
+CHECKS = [
+    logits_are_equal,
+    generations_are_equal,
+    text_alone_works,
+    layout_says_what_stands_where,
+    everything_kept_is_the_bare_model,
+    cut_equals_stock_layers_on_what_was_kept,
+    a_sample_alone_equals_the_sample_in_a_batch,
+    a_truncated_image_is_refused,
+    a_blank_image_trains_the_vision_path,
+]
+
+
+@pytest.fixture(params=CHECKS, ids=lambda check: check.__name__)
+def check(request: pytest.FixtureRequest) -> Callable[[Case], None]:
+    """Each of the checks in turn."""
+
+    def run(case: Case) -> None:
+        with torch.set_grad_enabled(request.param is a_blank_image_trains_the_vision_path):
+            request.param(case)
+
+    return run
