@@ -6,6 +6,7 @@ that list it, and what a row got from its blocks is merged by log-sum-exp (:func
 length are worked off together, so that little is filled up; the backward computes each step again.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -103,7 +104,8 @@ def _steps(lists: BlockLists, batch: int, heads: int, held: int) -> Iterator[Ste
     start = 0
     while start < len(lengths):
         longest = lengths[start]
-        some = order[start : start + max(1, CHUNK // max(1, longest * held))]
+        half = bisect_right(lengths, -longest / 2, key=lambda length: -length)  # no list is filled up to its double
+        some = order[start : min(half, start + max(1, CHUNK // max(1, longest * held)))]
         sample, head, block = some // (heads * blocks), some // blocks % heads, some % blocks
         of = (sample * (lists.index.shape[0] > 1), head * (lists.index.shape[1] > 1), block)
         listed = torch.arange(longest, device=some.device) < count[some, None]
