@@ -72,7 +72,10 @@ class Static:
         self, mass: Float[Tensor, "batch heads rows groups"], rows: Bool[Tensor, "batch rows"]
     ) -> Float[Tensor, "batch heads rows groups"]:
         gain = self.gains.to(mass)
-        gain = gain[None, :, None, :] if gain.ndim == 2 else gain  # [1,H,1,G] or [G]
+        if gain.ndim == 2:
+            if len(gain) not in (1, mass.shape[1]):
+                raise ValueError(f"Static: gains must have 1 or {mass.shape[1]} heads; found {len(gain)}")
+            gain = gain[None, :, None, :]  # [1,H,1,G]
         if self.renormalise:
             total = (gain * mass).sum(-1, keepdim=True)  # [B,H,Q,1], 0 in a row that sees nothing
             gain = gain / torch.where(total > 0, total, 1)
