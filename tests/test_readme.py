@@ -76,3 +76,9 @@ def test_the_table_of_methods_is_the_generated_one():
     import readme
 
     assert readme.replace_part(README, "methods", "end of methods", readme.methods_table()) == README
+
+
+def test_the_table_of_kernels_is_the_generated_one():
+    import readme
+
+    assert readme.replace_part(README, "kernels", "end of kernels", readme.kernels_table()) == README

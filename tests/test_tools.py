@@ -16,6 +16,15 @@ def test_the_prefill_benchmark_writes_a_row_for_every_pruner_and_budget(tmp_path
     assert sorted(rows[1:]) == sorted(["none", *pruners, *pruners])
 
 
+def test_the_kernel_benchmark_compares_every_peer_and_writes_a_table(tmp_path):
+    out = tmp_path / "bench_kernels.md"
+    small = ["--only", "sigmoid", "--repeats", "1", "--device", "cpu", "--threads", "1", "--out", out]
+    subprocess.run([sys.executable, "-m", "tools.bench_kernels", *small], cwd=ROOT, check=True)
+    rows = [line.split(" | ") for line in out.read_text().splitlines() if line.startswith("| ")]
+    assert [row[0].strip("| ") for row in rows] == ["peer", "(sdpa, softmax)", "flex", "torch", "reference"]
+    assert all(float(row[1]) > 0 for row in rows[1:]), "a peer was wrong or did not run"
+
+
 def test_every_tool_has_a_line_in_the_readme():
     readme = (ROOT / "README.md").read_text()
     tools = [path.name for path in (ROOT / "tools").iterdir() if path.is_file() and not path.name.startswith("_")]

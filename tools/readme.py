@@ -1,14 +1,16 @@
-"""Writes the generated parts of README.md: the table of methods and the results of the Scenes run.
+"""Writes the generated parts of README.md: the tables of methods and kernels, the results of the Scenes run.
 
-python tools/readme.py                       the table of methods
+python tools/readme.py                       the tables of methods and kernels
 python tools/readme.py runs/scenes           and the results of that run's evaluation.json
 """
 
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import vlm
 from vlm.create import FOLDERS, describe
 
 README = Path(__file__).parent.parent / "README.md"
@@ -30,6 +32,18 @@ def methods_table() -> str:
         for entry in describe(kind):
             cells = (KINDS[kind], f"`{entry['name']}`", entry["summary"], entry["source"], entry["verified"])
             rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows)
+
+
+def kernels_table() -> str:
+    """Every attention operation with its implementations, best first, as Markdown."""
+    rows = ["| operation | what | implementations |", "|---|---|---|"]
+    for package in sorted(Path(vlm.__file__).parent.glob("kernels/[!_]*/__init__.py")):
+        module = import_module(f"vlm.kernels.{package.parent.name}")
+        if hasattr(module, "explain"):
+            what = (module.__doc__ or "").split("\n\n")[0].replace("\n", " ").split(": ", 1)[1].rstrip(".")
+            names = ", ".join(f"`{i.name}`" for i in module.IMPLEMENTATIONS)
+            rows.append(f"| `vlm.kernels.{package.parent.name}.{module.NAME}` | {what} | {names} |")
     return "\n".join(rows)
 
 
@@ -72,6 +86,7 @@ def replace_part(page: str, start: str, end: str, content: str) -> str:
 
 def main(arguments: list[str]) -> None:
     page = replace_part(README.read_text(), "methods", "end of methods", methods_table())
+    page = replace_part(page, "kernels", "end of kernels", kernels_table())
     if arguments:
         evaluation = json.loads((Path(arguments[0]) / "evaluation.json").read_text())
         page = replace_part(page, "results", "end of results", results_table(evaluation))

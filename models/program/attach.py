@@ -26,6 +26,7 @@ from transformers.masking_utils import sdpa_mask
 
 from vlm.kernels.grouped_mass import grouped_mass_attention
 from vlm.kernels.received import received_attention
+from vlm.kernels.visibility import Common
 from vlm.models.errors import ModelError
 from vlm.models.program.layout import Layout, compact
 from vlm.models.program.program import (
@@ -54,9 +55,10 @@ _ENGINES: "weakref.WeakKeyDictionary[nn.Module, Engine]" = weakref.WeakKeyDictio
 class Engine:
     """A program lowered onto one decoder: what the hooks and the model call. Made by :func:`attach`."""
 
-    def __init__(self, decoder: Any, program: Program) -> None:
+    def __init__(self, decoder: Any, program: Program, impl: str = "auto") -> None:
         self.decoder = decoder
         self.program = program
+        self.impl = impl  # of the attention operations
         self.rewrites = [op for _, op in program if isinstance(op, Rewrite)]
         self.cuts: dict[int, Select] = {}
         self.regroups: dict[int, list[Regroup]] = {}
@@ -156,19 +158,26 @@ class Engine:
     def attend(self, run: Run, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float | None) -> Tensor:
         """Read the signals of this layer and reweigh its attention. ``out`` is plain attention [B,Q,H,D]."""
         layout = run.layouts[run.stage(layer)]
+        common = self._common(run, layer, q.shape[2], scale)
         if layer in self.received:
             with torch.no_grad():
                 last = layout.last(layout.valid)[:, None] - (k.shape[2] - q.shape[2])  # [B,1], index into q
-                got = received_attention(q, k, None, last, key_valid=layout.valid, scale=scale)
+                got = received_attention(q, k, None, last, impl=self.impl, **common)
             run.signals[self.received[layer]] = got.mean(1)  # [B,K]
         for op in self.regroups.get(layer, ()):
-            out = self._regroup(op, layout, run, q, k, v, out, scale)
+            out = self._regroup(op, layout, run, q, k, v, out, common)
         for tap in self.taps.get(layer, ()):
             tap.receive(run.signals[tap.signal], layout)
         return out
 
+    def _common(self, run: Run, layer: int, rows: int, scale: float | None) -> Common:
+        """Indices and groups are right by construction; looking at their values would wait for the GPU."""
+        first = run.stage(layer)
+        padded = run.mask(first, rows) is not None
+        return {"key_valid": run.layouts[first].valid if padded else None, "scale": scale, "validate": False}
+
     def _regroup(
-        self, op: Regroup, layout: Layout, run: Run, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float | None
+        self, op: Regroup, layout: Layout, run: Run, q: Tensor, k: Tensor, v: Tensor, out: Tensor, common: Common
     ) -> Tensor:
         rows, keys = q.shape[2], k.shape[2]
         after = layout.last(layout.visual)  # [B], -1 for a sample without an image
@@ -179,7 +188,7 @@ class Engine:
         chosen = (after[:, None] >= 0) & (place > after[:, None]) & layout.valid[:, place]  # [B, rows - start]
         groups = op.groups(Keys(layout, run.keys_signal))
         new, _ = grouped_mass_attention(
-            q[:, :, start:], k, v, groups, rule=op.rule, row_sel=chosen, key_valid=layout.valid, scale=scale
+            q[:, :, start:], k, v, groups, rule=op.rule, row_sel=chosen, impl=self.impl, **common
         )
         tail = torch.where(chosen[:, :, None, None], new.transpose(1, 2), out[:, start:])
         return torch.cat([out[:, :start], tail], 1)
@@ -245,11 +254,14 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 @contextmanager
-def attach(model: Any, program: Program) -> Iterator[None]:
+def attach(model: Any, program: Program, impl: str = "auto") -> Iterator[None]:
     """Run ``model`` (a :class:`~vlm.models.base.BaseVlm`) under ``program`` in this block.
 
     The empty program touches nothing, so the model is the bare model to the bit. On exit hooks, attention
     implementation and config are as before, whatever happened inside.
+
+    ``impl`` names the implementation of the attention operations of :mod:`vlm.kernels` that the program calls; every
+    one gives the same model.
 
     Raises ModelError when a program is already attached or does not fit the model.
     """
@@ -260,7 +272,7 @@ def attach(model: Any, program: Program) -> Iterator[None]:
         raise ModelError("attach: a program is attached to this model already; join the two programs instead")
     check(program, model.decoder_facts)
     language, decoder = model.language, model.decoder
-    engine = Engine(decoder, program)
+    engine = Engine(decoder, program, impl)
     if any(engine.cuts) or engine.sees_attention:
         _check_decoder(language, decoder)
     hooks = []
