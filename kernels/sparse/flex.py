@@ -2,20 +2,17 @@
 
 Two traps of FlexAttention are met here. Uncompiled it ignores its block lists and looks at the mask function alone, so
 that function looks every pair up in the table of the lists. And its kernels want blocks that their own tiles divide:
-our lists, of any block size, are put on tiles of 128 x 128; what a tile holds beside listed pairs is masked.
+our lists, of any block size, are put on tiles of 128 x 128, which all of them divide; what a tile holds beside listed
+pairs is masked.
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from vlm.kernels.flex import flex, grouped_heads
+from vlm.kernels.flex import TILE, Modifier, flex, grouped_heads
 from vlm.kernels.sparse.lists import BlockLists
 from vlm.kernels.visibility import Operands, Visibility
-
-TILE = 128  # rows and keys; every tile of FlexAttention's kernels divides it
 
 
 def block_sparse_flex(x: Operands, lists: BlockLists) -> tuple[Tensor, Tensor]:
@@ -50,12 +47,9 @@ def _open(seen: Visibility) -> Tensor:
     return whole & (key + TILE - 1 <= row + seen.keys - seen.rows) if seen.causal else whole
 
 
-def _mask_mod(seen: Visibility, lists: BlockLists, batch: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+def _mask_mod(seen: Visibility, lists: BlockLists, batch: int) -> Modifier:
     visible, table = seen.mask_mod(batch), lists.table()
     row_block, key_block = lists.row_block, lists.key_block
     by_sample, by_head = int(table.shape[0] > 1), int(table.shape[1] > 1)  # 0: one table for all
-
-    def listed_and_visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return table[b * by_sample, h * by_head, i // row_block, j // key_block] & visible(b, h, i, j)
-
-    return listed_and_visible
+    listed = lambda b, h, i, j: table[b * by_sample, h * by_head, i // row_block, j // key_block]  # noqa: E731
+    return lambda b, h, i, j: listed(b, h, i, j) & visible(b, h, i, j)

@@ -7,7 +7,7 @@ length are worked off together, so that little is filled up; the backward comput
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,8 @@ from vlm.kernels.sparse.lists import BlockLists
 from vlm.kernels.visibility import HIDDEN_KEY, HIDDEN_ROW, Operands
 
 CHUNK = 1 << 20  # numbers that one step holds, about
+
+Parts = tuple[Tensor, Tensor, Tensor]  # of a step: out, log-sum-exp, and which query blocks or rows they are of
 
 
 class Codes(NamedTuple):
@@ -65,7 +67,8 @@ def block_sparse_torch(x: Operands, lists: BlockLists) -> tuple[Tensor, Tensor]:
     query_blocks, key_blocks = lists.index.shape[2:]
     row_position, key_position, row_document, key_document = x.seen.codes(batch)
     blocks = Blocks(
-        *(_cut(each.flatten(0, 1), size) for each, size in ((x.q, lists.row_block), (x.k, lists.key_block))),
+        _cut(x.q.flatten(0, 1), lists.row_block),
+        _cut(x.k.flatten(0, 1), lists.key_block),
         _cut(x.v.flatten(0, 1), lists.key_block),
         Codes(_cut(row_position, lists.row_block), _cut(row_document, lists.row_block, HIDDEN_ROW)),
         Codes(_cut(key_position, lists.key_block), _cut(key_document, lists.key_block, HIDDEN_KEY)),
@@ -113,19 +116,26 @@ def _steps(lists: BlockLists, batch: int, heads: int, held: int) -> Iterator[Ste
         start += len(some)
 
 
+def _run(function: Callable[[Blocks, Step], Parts], x: Blocks, step: Step) -> Parts:
+    """A step, computed again in the backward if there will be one (the first checkpoint imports for seconds)."""
+    if not (torch.is_grad_enabled() and (x.q.requires_grad or x.k.requires_grad or x.v.requires_grad)):
+        return function(x, step)
+    return checkpoint(function, x, step, use_reentrant=False, preserve_rng_state=False)
+
+
 def _by_rows(x: Blocks, lists: BlockLists, batch: int) -> tuple[Tensor, Tensor]:
     """Every query block gathers the key blocks it lists."""
     heads, (_, row_block, dim) = len(x.kv_head_of), x.q.shape
     held = x.k.shape[1] * (dim + x.v.shape[2] + row_block)
     if not len(x.q):
         return x.q.new_zeros(0, row_block, x.v.shape[2]), x.q.new_zeros(0, row_block, dtype=x.accumulator)
-    parts = [checkpoint(_some_rows, x, step, use_reentrant=False) for step in _steps(lists, batch, heads, held)]
+    parts = [_run(_some_rows, x, step) for step in _steps(lists, batch, heads, held)]
     out, lse, number = (torch.cat(each) for each in zip(*parts, strict=True))
     back = number.argsort()
     return out.index_select(0, back), lse.index_select(0, back)
 
 
-def _some_rows(x: Blocks, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+def _some_rows(x: Blocks, step: Step) -> Parts:
     """(out, log-sum-exp, number) of some query blocks."""
     number = (step.sample * len(x.kv_head_of) + step.head) * x.query_blocks + step.block
     key = (step.sample * x.kv_heads + x.kv_head_of[step.head])[:, None] * x.key_blocks + step.others
@@ -141,11 +151,11 @@ def _by_keys(x: Blocks, lists: BlockLists, batch: int) -> tuple[Tensor, Tensor]:
     heads, (query_blocks, row_block, dim) = len(x.kv_head_of), x.q.shape
     held = row_block * (dim + x.v.shape[2] + x.k.shape[1])
     steps = (step for step in _steps(lists.transposed(), batch, heads, held) if step.others.shape[1])
-    parts = [checkpoint(_some_keys, x, step, use_reentrant=False) for step in steps]
+    parts = [_run(_some_keys, x, step) for step in steps]
     return _merged(x, parts, query_blocks * row_block)
 
 
-def _some_keys(x: Blocks, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+def _some_keys(x: Blocks, step: Step) -> Parts:
     """(out, log-sum-exp, row) of the rows that list some key blocks: what those blocks give them."""
     key = (step.sample * x.kv_heads + x.kv_head_of[step.head]) * x.key_blocks + step.block
     number = (step.sample * len(x.kv_head_of) + step.head)[:, None] * x.query_blocks + step.others
@@ -187,7 +197,7 @@ def _attend(
     return weights @ v.to(x.accumulator) / total[..., None], lse
 
 
-def _merged(x: Blocks, parts: list[tuple[Tensor, Tensor, Tensor]], rows: int) -> tuple[Tensor, Tensor]:
+def _merged(x: Blocks, parts: list[Parts], rows: int) -> tuple[Tensor, Tensor]:
     """Parts (out, log-sum-exp, row) added up, each weighing as much as its log-sum-exp says."""
     sums = torch.zeros(rows, x.v.shape[2], dtype=x.accumulator, device=x.q.device)
     top = torch.full((rows,), float("-inf"), dtype=x.accumulator, device=x.q.device)

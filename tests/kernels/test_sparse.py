@@ -44,7 +44,7 @@ def dense(q, k, v, mask):
     return scores.softmax(-1).nan_to_num(0) @ v, scores.logsumexp(-1)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(
     st.sampled_from([(1, 1), (4, 2), (7, 1)]),
     st.integers(1, 13),
@@ -151,7 +151,7 @@ def test_steps_of_any_size_give_the_same(blocks, monkeypatch):
 def test_no_rows_or_no_keys(blocks, rows, keys):
     q, k, v = tensors(1, 2, 1, rows, keys)
     lists = random_lists((1, 1, -(-rows // blocks[0]), -(-keys // blocks[1])), *blocks)
-    for impl in ("reference", "torch"):
+    for impl in IMPLS:
         out, lse = block_sparse_attention(q, k, v, lists, return_lse=True, impl=impl)
         assert out.shape == (1, 2, rows, 5) and (out == 0).all() and (lse == -torch.inf).all()
 
