@@ -49,12 +49,13 @@ def mapped(
     """The features of ``scale x``, 0 at padding. Only the identity leaves them in the type of ``x``."""
     if scale != 1.0:
         x = x.to(torch.promote_types(x.dtype, torch.float32)) * scale
-    return without_padding(feature_map(feature, x), valid)
+    features = feature_map(feature, without_padding(x, valid))  # a gradient of 0 times nan would be nan
+    return features if feature in ("identity", "silu") else without_padding(features, valid)  # those are 0 at 0
 
 
 def without_padding(
     x: Float[Tensor, "one_or_batch heads length any"], valid: Bool[Tensor, "batch length"] | None
-) -> Float[Tensor, "one_or_batch heads length any"]:
+) -> Float[Tensor, "same_or_batch heads length any"]:
     """0 at padding, whatever stood there."""
     return x if valid is None else x.masked_fill(~valid[:, None, :, None], 0.0)
 
