@@ -9,7 +9,7 @@ feature map up to 128 x 128 that we counted, and fewer only on larger grids and 
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
-from typing import NamedTuple, no_type_check
+from typing import Any, NamedTuple, TypeVar, cast, no_type_check
 
 import torch
 from jaxtyping import Int
@@ -33,6 +33,14 @@ class Sorted(NamedTuple):
     last: Int[Tensor, "axes tokens"]
 
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def kept(function: Function) -> Function:
+    """Results are kept for each grid; a compiled graph breaks here rather than making them anew in every call."""
+    return cast(Function, torch.compiler.disable(lru_cache(maxsize=32)(function)))
+
+
 def neighborhood_flex(x: Operands, n: Neighborhood) -> Result:
     s = by_group(n.axes, x.q.device)
     dilated = any(axis.dilation > 1 for axis in n.axes)
@@ -49,7 +57,7 @@ def neighborhood_flex(x: Operands, n: Neighborhood) -> Result:
     return out, lse if n.return_lse else None
 
 
-@lru_cache(maxsize=32)
+@kept
 def by_group(axes: tuple[Axis, ...], device: torch.device) -> Sorted:
     with torch.inference_mode(False):  # kept for later calls, which may need gradients
         coordinates = torch.meshgrid(*(torch.arange(axis.length) for axis in axes), indexing="ij")
@@ -63,7 +71,7 @@ def by_group(axes: tuple[Axis, ...], device: torch.device) -> Sorted:
         return Sorted(*(y.to(device) for y in (order, order.argsort(), group[order], step, first, last)))
 
 
-@lru_cache(maxsize=32)
+@kept
 def _mask(axes: tuple[Axis, ...], extra: int, device: torch.device) -> BlockMask:
     with torch.inference_mode(False):
         _, _, group, step, first, last = by_group(axes, device)
