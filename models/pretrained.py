@@ -163,7 +163,8 @@ class PretrainedVlm(BaseVlm):
 
 
 def load_pretrained(name: str | os.PathLike[str]) -> PretrainedVlm:
-    """A vision-language model of a folder or a hub name, with sdpa attention, in eval mode.
+    """A vision-language model of a folder or a hub name, in eval mode, with the attention that Transformers picks
+    (sdpa where the family has it).
 
     Raises ModelError when there is none or its family is not one of ours.
     """
@@ -173,7 +174,7 @@ def load_pretrained(name: str | os.PathLike[str]) -> PretrainedVlm:
         raise ModelError(f"model: no checkpoint at {str(name)!r}: {str(error).splitlines()[0]}") from None
     find_family(config.model_type)  # before gigabytes are read
     try:
-        model = AutoModelForImageTextToText.from_pretrained(name, attn_implementation="sdpa")
+        model = AutoModelForImageTextToText.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ModelError(f"model: cannot load {str(name)!r}: {str(error).splitlines()[0]}") from None
     return PretrainedVlm(model).eval()
@@ -201,7 +202,7 @@ def _spread(values: Float[Tensor, "tokens width"], visual: Bool[Tensor, "batch l
 def _add_deep(level: int, module: Any, args: tuple, kwargs: dict[str, Any], hidden: Tensor) -> Tensor | None:
     """Forward hook of decoder layer ``level``: add its visual features where the visual tokens now stand."""
     run: Run | None = kwargs.get(RUN)
-    if run is None or not run.prompt:
+    if run is None or not run.prompt or not run.deep:
         return None
     layout = run.layouts[run.stage(level)]
     visual, source = layout.visual, layout.source[..., None].expand(-1, -1, hidden.shape[2])
