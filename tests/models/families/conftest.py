@@ -89,9 +89,7 @@ class Case(NamedTuple):
         images = [[noise(ord(row[0]) + number) for number in range(row.count("#"))] for row in rows]
         options: Any = {"padding": True, "padding_side": side, "return_tensors": "pt"}
         if any(images):
-            nested = type(self.processor).__name__.startswith(("Idefics", "Gemma", "LlavaOnevision"))
-            flat = [image for row in images for image in row]
-            batch = self.processor(text=texts, images=images if nested else flat, **options)
+            batch = self.processor(text=texts, images=images, **options)
         else:
             batch = (self.processor.tokenizer if self.needs_images else self.processor)(text=texts, **options)
         batch = {name: value for name, value in batch.items() if name != "labels"}
