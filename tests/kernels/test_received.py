@@ -193,6 +193,9 @@ def test_gradients(monkeypatch, given_lse, reduce):
 
     assert torch.autograd.gradcheck(received, inputs)
     assert not received_attention(*inputs[:2], None, chosen).requires_grad
+    weight.requires_grad_()  # a constant all the same
+    constants = (x.detach() for x in inputs[:2])
+    assert not received_attention(*constants, None, chosen, row_weight=weight, differentiable=True).requires_grad
 
 
 def test_of_equal_rows_the_first_gets_the_gradient_of_the_maximum():
