@@ -14,13 +14,28 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vlm.kernels import dispatch
-from vlm.kernels.dispatch import Call, Choice, Implementation, lazy, needs_flex, slow_on_cpu
+from vlm.kernels.dispatch import (
+    Call,
+    Choice,
+    Implementation,
+    lazy,
+    needs_flex,
+    needs_triton,
+    only_for_tests,
+    slow_on_cpu,
+)
 from vlm.kernels.grouped_mass.reference import Grouping, grouped_mass_reference, grouped_mass_torch
 from vlm.kernels.grouped_mass.rules import MOST_GROUPS, Neutral, Rule
 from vlm.kernels.visibility import Common, Operands, check, operands
 
 NAME = "grouped_mass_attention"
 IMPLEMENTATIONS = (
+    Implementation(
+        "triton",
+        lazy("vlm.kernels.grouped_mass.triton_autograd", "grouped_mass_triton"),
+        needs_triton,
+        only_for_tests,
+    ),
     Implementation("flex", lazy("vlm.kernels.grouped_mass.flex", "grouped_mass_flex"), needs_flex, slow_on_cpu),
     Implementation("torch", grouped_mass_torch),
     Implementation("reference", grouped_mass_reference),
