@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vlm.kernels.selectors.blocks import best, pairs
+from vlm.kernels.selectors.blocks import at_least, best, pairs
 from vlm.kernels.selectors.order import Order, boxes
 from vlm.kernels.sparse.lists import BlockLists
 
@@ -37,12 +37,13 @@ def biformer(
     defaults, the published models use more of ``topk`` in deeper stages.
 
     Raises:
-        ValueError: tokens that are not the grid's, or a grid that is not a multiple of ``regions``.
+        ValueError: tokens that are not the grid's, a grid that is not a multiple of ``regions``, or ``topk`` below 1.
     """
+    at_least(NAME, 1, topk=topk, regions=regions)
     height, width = grid
     if q.shape[2] != height * width or k.shape[2] != height * width:
         raise ValueError(f"{NAME}: grid {grid} has {height * width} tokens; found {q.shape[2]} rows, {k.shape[2]} keys")
-    if regions < 1 or height % regions or width % regions:
+    if height % regions or width % regions:
         raise ValueError(f"{NAME}: grid {grid} must be a multiple of regions on both sides; found {regions}")
     order = boxes(NAME, grid, (height // regions, width // regions), q.device)
     tokens = len(order.forward) // regions**2

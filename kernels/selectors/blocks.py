@@ -70,9 +70,7 @@ def pairs(op: str, q: Tensor, k: Tensor, row_block: int, key_block: int, common:
     for name in ("q_pos", "q_doc"):
         if common.get(name) is not None:
             raise ValueError(f"{op}: selects by index, so {name} must be None; found a tensor")
-    for name, size in (("rows of a block", row_block), ("keys of a block", key_block)):
-        if size < 1:
-            raise ValueError(f"{op}: {name} must be 1 or more; found {size}")
+    at_least(op, 1, **{"rows of a block": row_block, "keys of a block": key_block})
     x = operands(op, q, k, None, common)
     row = x.seen.positions()[0]  # [1 or B,Q]
     key = torch.arange(k.shape[2], device=k.device)[None]
@@ -94,6 +92,12 @@ def aligned(op: str, q: Tensor, k: Tensor, block: int, common: Common) -> Pairs:
         starts = whole.x.seen.row_position[:, :1].flatten().tolist()
     fitting = gcd(block, *starts)
     return whole if fitting == block else pairs(op, q, k, fitting, block, common)
+
+
+def at_least(op: str, least: int, **named: int) -> None:
+    for name, value in named.items():
+        if value < least:
+            raise ValueError(f"{op}: {name} must be {least} or more; found {value}")
 
 
 def needs_causal(op: str, common: Common) -> None:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vlm.kernels.selectors.blocks import best, needs_causal, pairs
+from vlm.kernels.selectors.blocks import at_least, best, needs_causal, pairs
 from vlm.kernels.sparse.lists import BlockLists
 from vlm.kernels.visibility import Common
 
@@ -38,11 +38,13 @@ def dhsa(
     block: it is meant for prefill, as in the paper.
 
     Raises:
-        ValueError: shapes that do not fit, ``causal=False``, a density outside 0..1, positions or packed documents.
+        ValueError: shapes that do not fit, ``causal=False``, a density outside 0..1, ``first`` below 0, positions or
+            packed documents.
     """
     needs_causal(NAME, common)
     if not 0 <= density <= 1:
         raise ValueError(f"{NAME}: density must be 0..1; found {density}")
+    at_least(NAME, 0, first=first)
     p = pairs(NAME, q, k, row_block, key_block, common)
     scores = p.query_means() @ p.key_means().transpose(-1, -2)  # [B,H,query blocks,key blocks]
     return p.lists(best(scores, ceil(density * scores.shape[3]), p.first(first) | p.own(), p.possible()))

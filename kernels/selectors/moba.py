@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vlm.kernels.selectors.blocks import best, needs_causal, pairs
+from vlm.kernels.selectors.blocks import at_least, best, needs_causal, pairs
 from vlm.kernels.sparse.lists import BlockLists
 from vlm.kernels.visibility import Common
 
@@ -32,9 +32,10 @@ def moba(
     Default sizes are those of the language models there; for images take blocks of 64 to 256.
 
     Raises:
-        ValueError: shapes that do not fit, ``causal=False``, positions or packed documents.
+        ValueError: shapes that do not fit, ``topk`` below 1, ``causal=False``, positions or packed documents.
     """
     needs_causal(NAME, common)
+    at_least(NAME, 1, topk=topk)
     p = pairs(NAME, q, k, 1, block, common)
     gate = p.x.q.to(p.x.accumulator) @ p.key_means().transpose(-1, -2)  # [B,H,Q,key blocks]
     return p.lists(best(gate, topk, p.own(), p.possible()))

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vlm.kernels.selectors.blocks import aligned, needs_causal
+from vlm.kernels.selectors.blocks import aligned, at_least, needs_causal
 from vlm.kernels.sparse.lists import BlockLists
 from vlm.kernels.visibility import Common
 
@@ -32,11 +32,12 @@ def power(
     holes; its rule for blocks, its window and its sinks could not be checked, and there is no official code.
 
     Raises:
-        ValueError: shapes that do not fit, ``window`` below 1, ``causal=False``, positions or packed documents.
+        ValueError: shapes that do not fit, ``window`` below 1, ``first`` below 0, ``causal=False``, positions or
+            packed documents.
     """
     needs_causal(NAME, common)
-    if window < 1:
-        raise ValueError(f"{NAME}: window must be 1 or more; found {window}")
+    at_least(NAME, 1, window=window)
+    at_least(NAME, 0, first=first)
     p = aligned(NAME, q, k, block, common)
     distance = p.start[:, None, :, None] // block - p.key_numbers()  # [B or 1,1,query blocks,key blocks]
     power_of_two = (distance > 0) & (distance & (distance - 1) == 0)

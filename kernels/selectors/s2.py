@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vlm.kernels.selectors.blocks import aligned
+from vlm.kernels.selectors.blocks import aligned, at_least
 from vlm.kernels.sparse.lists import BlockLists
 from vlm.kernels.visibility import Common
 
@@ -40,11 +40,9 @@ def s2(
             positions or packed documents.
     """
     kv_heads, heads = k.shape[1], q.shape[1]
-    for name, value, most in (("local", local, None), ("stride", stride, None), ("dense_heads", dense_heads, kv_heads)):
-        least = 0 if most is not None else 1
-        if value < least or (most is not None and value > most):
-            wanted = f"{least} or more" if most is None else f"{least}..{most}"
-            raise ValueError(f"{NAME}: {name} must be {wanted}; found {value}")
+    at_least(NAME, 1, local=local, stride=stride)
+    if not 0 <= dense_heads <= kv_heads:
+        raise ValueError(f"{NAME}: dense_heads must be 0..{kv_heads}; found {dense_heads}")
     p = aligned(NAME, q, k, block, common)
     i, j = p.start[:, None, :, None] // block, p.key_numbers()
     key_head = p.x.head_map()[:, None, None]  # [H,1,1]

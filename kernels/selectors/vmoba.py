@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from vlm.kernels.selectors.blocks import pairs
+from vlm.kernels.selectors.blocks import at_least, pairs
 from vlm.kernels.selectors.order import Order, boxes
 from vlm.kernels.sparse.lists import BlockLists
 
@@ -59,8 +59,7 @@ def vmoba(
     if scope not in SCOPES or (topk is not None and scope == "block"):
         known = ", ".join(SCOPES if topk is None else SCOPES[:3])
         raise ValueError(f"{NAME}: scope must be one of {known}; found {scope!r}")
-    if topk is not None and topk < 1:
-        raise ValueError(f"{NAME}: topk must be 1 or more; found {topk}")
+    at_least(NAME, 1, topk=1 if topk is None else topk)
     order, block = partition(grid, box, q.device)
     p = pairs(NAME, order.apply(q), order.apply(k), 1, block, {"causal": False})
     gate = p.x.q.to(p.x.accumulator) @ p.key_means().transpose(-1, -2)  # [B,H,Q,key blocks]

@@ -298,11 +298,11 @@ def vmoba_by_loops(gates, own, scope, topk, threshold):
     return chosen
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize(("topk", "threshold"), [(None, 0.25), (None, 0.6), (2, 0.25)])
+BY_THRESHOLD = [(scope, None, threshold) for scope in SCOPES for threshold in (0.25, 0.6)]
+
+
+@pytest.mark.parametrize(("scope", "topk", "threshold"), [*BY_THRESHOLD, *((scope, 2, 0) for scope in SCOPES[:3])])
 def test_vmoba_by_loops(scope, topk, threshold):
-    if topk is not None and scope == "block":
-        pytest.skip("the paper's code chooses rows of a block by threshold only")
     q, k, _ = tensors(2, 4, 2, 24)
     lists, order = vmoba(q, k, grid=(2, 3, 4), box=(1, 3, 2), topk=topk, threshold=threshold, scope=scope)
     q, k = order.apply(q), order.apply(k)
@@ -345,6 +345,9 @@ def test_means_leave_padding_out():
     [
         (lambda q: moba(q, q, causal=False), "moba: causal must be True; found False"),
         (lambda q: moba(q, q, block=0), "moba: keys of a block must be 1 or more; found 0"),
+        (lambda q: moba(q, q, topk=0), "moba: topk must be 1 or more; found 0"),
+        (lambda q: biformer(q, q, grid=(3, 4), topk=0), "biformer: topk must be 1 or more; found 0"),
+        (lambda q: dhsa(q, q, first=-1), "dhsa: first must be 0 or more; found -1"),
         (lambda q: dhsa(q, q, density=1.5), r"dhsa: density must be 0\.\.1; found 1.5"),
         (lambda q: power(q, q, window=0), "power: window must be 1 or more; found 0"),
         (lambda q: s2(q, q, stride=0), "s2: stride must be 1 or more; found 0"),
