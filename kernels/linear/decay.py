@@ -66,7 +66,7 @@ def cumulative_softmax(
     z = torch.cat([before[:, :, None], k.masked_fill(~real, low)], 2).logcumsumexp(2)  # [B,H,1+N,D]
     log_decay = (z[:, :, :-1] - z[:, :, 1:]).clamp_max(0)
     key = torch.where(real, torch.exp(k.masked_fill(~real, low) - z[:, :, 1:]), 0.0)
-    return key, log_decay.masked_fill(~real, 0.0), z[:, :, -1]
+    return key, log_decay, z[:, :, -1]
 
 
 def _alibi_slopes(heads: int) -> list[float]:

@@ -116,7 +116,7 @@ def chunk_states(x: Chunks, initial: State | None) -> States:
 
 
 def chunk_rows(
-    x: Chunks, states: States, dtype: torch.dtype, turned: bool = False
+    x: Chunks, states: Float[Tensor, "batch kv_heads chunks_and_one _ _"], dtype: torch.dtype, turned: bool = False
 ) -> Float[Tensor, "batch heads length value_dim"]:
     """The output from the states before every chunk, which are ``turned`` if they are [value_dim, features]."""
     out = torch.empty(*x.q.shape[:3], x.v.shape[3], dtype=dtype, device=x.q.device)
