@@ -1,22 +1,125 @@
-"""The catalogue that pruners are made of: scores and selectors, small pure functions.
+"""The catalogue of selectors: which tokens stay. Pure functions that mark tokens, and the Selectors of the pruners.
 
 Every choice is per segment and independent of padding and of the other segments. Ties go to the earlier token.
+``count[s]`` tokens are marked, or all when a segment has fewer. Selectors that look at features are in
+:mod:`vlm.models.program.diverse`.
 """
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from vlm.models.program.diverse import max_min_order
 from vlm.models.program.program import Received, Selector, Tokens
+from vlm.models.program.segments import descending, marks, numbers, ranks
 
 
 def top(
     score: Float[Tensor, "segments tokens"], valid: Bool[Tensor, "segments tokens"], count: Int[Tensor, " segments"]
 ) -> Bool[Tensor, "segments tokens"]:
     """Mark the ``count[s]`` valid tokens of largest score in each segment, the earlier one of a tie."""
-    score = score.masked_fill(~valid, float("-inf"))
-    rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # rank of each token in its segment
-    return (rank < count[:, None]) & valid
+    return (ranks(score, valid) < count[:, None]) & valid
+
+
+def top_per_group(
+    score: Float[Tensor, "segments tokens"],
+    valid: Bool[Tensor, "segments tokens"],
+    group: Int[Tensor, "segments tokens"],
+    quota: Int[Tensor, "segments groups"],
+) -> Bool[Tensor, "segments tokens"]:
+    """Mark the ``quota[s, g]`` tokens of largest score of each group (a window, a chunk, a crop)."""
+    groups, place = quota.shape[1], torch.arange(score.shape[1], device=score.device)
+    order = descending(score, valid)
+    own = group.masked_fill(~valid, groups).gather(1, order)  # padding is a group of its own, the last
+    by_group = own.argsort(dim=1, stable=True)
+    order, own = order.gather(1, by_group), own.gather(1, by_group)
+    first = torch.searchsorted(own, own)  # where the group of each sorted token begins
+    hit = place - first < torch.nn.functional.pad(quota, (0, 1)).gather(1, own)
+    return torch.zeros_like(valid).scatter(1, order, hit)
+
+
+def windows_of(
+    row: Int[Tensor, "segments tokens"], column: Int[Tensor, "segments tokens"], size: int
+) -> Int[Tensor, "segments tokens"]:
+    """Number of the ``size`` by ``size`` window that each token of a grid lies in."""
+    across = int(column.max()) // size + 1 if column.numel() else 1
+    return row.clamp_min(0) // size * across + column.clamp_min(0) // size
+
+
+def windows_and_rest(
+    local: Float[Tensor, "segments tokens"],
+    overall: Float[Tensor, "segments tokens"],
+    valid: Bool[Tensor, "segments tokens"],
+    window: Int[Tensor, "segments tokens"],
+    count: Int[Tensor, " segments"],
+    share: float = 0.5,
+) -> Bool[Tensor, "segments tokens"]:
+    """``share`` of the budget evenly over windows by ``local`` score, the rest over all others by ``overall``.
+
+    What does not divide by the number of windows, or what a small window lacks, goes to the rest (the code keeps
+    fewer tokens then). Source: VScan (TMLR 2026), section 3.1: window 6, an early layer and the last but one.
+    """
+    groups = int(window.max()) + 1 if window.numel() else 1
+    there = torch.zeros(len(valid), groups, device=valid.device).scatter_add(1, window, valid.float()) > 0
+    each = (count.double() * share).long() // there.sum(1).clamp_min(1)
+    kept = top_per_group(local, valid, window, each[:, None].expand(-1, groups))
+    return kept | top(overall, valid & ~kept, count - kept.sum(1))
+
+
+def outliers(
+    score: Float[Tensor, "segments tokens"], valid: Bool[Tensor, "segments tokens"], factor: float = 1.5
+) -> Bool[Tensor, "segments tokens"]:
+    """Tokens above the third quartile by more than ``factor`` quartile distances; the best one where none is.
+
+    Quartiles are interpolated linearly. Source: LLaVA-PruMerge (arXiv 2403.15388), section 3.2.
+    """
+    ordered = score.masked_fill(~valid, torch.inf).sort(dim=1).values
+    last = (valid.sum(1, keepdim=True) - 1).clamp_min(0)
+
+    def quantile(q: float) -> Tensor:  # [S,1]
+        at = last * q
+        low, high = (ordered.gather(1, edge.long()) for edge in (at.floor(), at.ceil()))
+        return torch.where(at == at.floor(), low, low + (high - low) * (at - at.floor()))
+
+    low, high = quantile(0.25), quantile(0.75)
+    far = (score > high + factor * (high - low)) & valid
+    return far | (top(score, valid, torch.ones_like(last[:, 0])) & ~far.any(1, keepdim=True))
+
+
+def every_nth(
+    valid: Bool[Tensor, "segments tokens"], step: Int[Tensor, " segments"]
+) -> Bool[Tensor, "segments tokens"]:
+    """Tokens number 0, step, 2 step ... of each segment, but never the last one.
+
+    PruMerge+ adds these to the outliers, with step ``max(1, (tokens // outliers) // 3)``.
+    Source: LLaVA-PruMerge (arXiv 2403.15388), section 3.4; the range is the code's.
+    """
+    number = numbers(valid)
+    return (number % step[:, None] == 0) & (number < valid.sum(1, keepdim=True) - 1) & valid
+
+
+def even(valid: Bool[Tensor, "segments tokens"], count: Int[Tensor, " segments"]) -> Bool[Tensor, "segments tokens"]:
+    """Tokens at even distances: of n tokens, number floor((i + 1/2) n / count) for i < count."""
+    total, wanted = valid.sum(1, keepdim=True), count[:, None]  # [S,1]
+    wanted = wanted.minimum(total)
+    step = torch.arange(int(wanted.max()) if wanted.numel() else 0, device=count.device)
+    number = ((2 * step + 1) * total).div(2 * wanted.clamp_min(1), rounding_mode="floor")  # [S,C], exact
+    spare = valid.shape[1]  # a column for the steps beyond a segment's own count
+    column = torch.where(step < wanted, number, spare)
+    hit = valid.new_zeros(len(count), spare + 1).scatter(1, column, True)
+    return hit.gather(1, numbers(valid)) & valid
+
+
+def random_scores(
+    valid: Bool[Tensor, "segments tokens"], seeds: Int[Tensor, " segments"], seed: int
+) -> Float[Tensor, "segments tokens"]:
+    """Uniform numbers, drawn anew for each segment from ``seed`` and the segment's own integer."""
+    score = torch.zeros(valid.shape)
+    for s, own_seed in enumerate(seeds.tolist()):
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + own_seed) % 2**63)
+        own = int(valid[s].sum())  # as many draws as tokens: padding must not shift the stream
+        score[s, valid[s].cpu()] = torch.rand(own, generator=generator)
+    return score.to(valid.device)
 
 
 def attention_from_last_row(layer: int) -> Selector:
@@ -29,63 +132,20 @@ def uniform_random(seed: int) -> Selector:
     """A uniformly random subset, drawn anew for each segment from ``seed`` and the segment's pixels."""
 
     def choose(tokens: Tokens, count: Int[Tensor, " segments"]) -> Bool[Tensor, "segments tokens"]:
-        score = torch.zeros(tokens.valid.shape)
-        for s, pixels in enumerate(tokens.seed.tolist()):
-            generator = torch.Generator().manual_seed((seed * 1_000_003 + pixels) % 2**63)
-            own = int(tokens.valid[s].sum())  # as many draws as tokens: padding must not shift the stream
-            score[s, tokens.valid[s].cpu()] = torch.rand(own, generator=generator)
-        return top(score.to(tokens.x.device), tokens.valid, count)
+        return top(random_scores(tokens.valid, tokens.seed, seed), tokens.valid, count)
 
     return Selector(choose)
 
 
 def even_stride() -> Selector:
-    """Tokens at even distances: of n tokens, number floor((i + 1/2) n / count) for i < count."""
-
-    def choose(tokens: Tokens, count: Int[Tensor, " segments"]) -> Bool[Tensor, "segments tokens"]:
-        total, wanted = tokens.valid.sum(1, keepdim=True), count[:, None]  # [S,1]
-        step = torch.arange(int(count.max()), device=count.device)
-        number = ((2 * step + 1) * total).div(2 * wanted.clamp_min(1), rounding_mode="floor")  # [S,C], exact
-        spare = tokens.valid.shape[1]  # a column for the steps beyond a segment's own count
-        column = torch.where(step < wanted, number, spare)
-        hit = tokens.valid.new_zeros(len(count), spare + 1).scatter(1, column, True)
-        order = (tokens.valid.long().cumsum(1) - 1).clamp_min(0)  # number of each token among the valid ones
-        return hit.gather(1, order) & tokens.valid
-
-    return Selector(choose)
-
-
-def max_min_order(
-    x: Float[Tensor, "segments tokens width"], valid: Bool[Tensor, "segments tokens"], picks: int
-) -> Int[Tensor, "segments picks"]:
-    """Greedy max-min diversity over cosine distance: the order in which tokens are picked.
-
-    The first pick is the token farthest from its nearest other token; each next one is farthest from its
-    nearest pick. Source: DivPrune (CVPR 2025), algorithm 1. O(tokens * picks).
-    """
-    unit = torch.nn.functional.normalize(x.float(), dim=-1)
-    distance = 1 - unit @ unit.transpose(1, 2)  # [S,P,P]
-    same = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
-    nearest = distance.masked_fill(same | ~valid[:, None, :], float("inf")).amin(2)  # to another token
-    nearest = nearest.masked_fill(~valid, float("-inf"))
-    order = []
-    for step in range(picks):
-        pick = nearest.argmax(1, keepdim=True)  # [S,1]
-        order.append(pick)
-        to_pick = distance.gather(2, pick[:, None, :].expand(-1, x.shape[1], -1)).squeeze(2)  # [S,P]
-        nearest = to_pick.masked_fill(~valid, float("-inf")) if step == 0 else nearest.minimum(to_pick)
-        nearest = nearest.scatter(1, pick, float("-inf"))  # and so it stays: never pick a token twice
-    return torch.cat(order, 1)
+    """Tokens at even distances (:func:`even`)."""
+    return Selector(lambda tokens, count: even(tokens.valid, count))
 
 
 def max_min_diversity() -> Selector:
     """The most diverse subset in the greedy max-min sense (DivPrune)."""
 
     def choose(tokens: Tokens, count: Int[Tensor, " segments"]) -> Bool[Tensor, "segments tokens"]:
-        order = max_min_order(tokens.x, tokens.valid, int(count.max()))
-        wanted = torch.arange(order.shape[1], device=order.device) < count[:, None]
-        # a segment with fewer tokens than picks repeats one of them beyond its own count, hence the sum
-        picked = torch.zeros_like(tokens.valid, dtype=torch.long).scatter_add(1, order, wanted.long())
-        return (picked > 0) & tokens.valid
+        return marks(max_min_order(tokens.x, tokens.valid, int(count.max())), tokens.valid, count)
 
     return Selector(choose)

@@ -1,0 +1,58 @@
+"""Token merging inside an encoder: the most alike pairs become one token each, block after block."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from vlm.models.program.reduce import Reduced, reduced
+from vlm.models.program.segments import cosine, numbers, places, ranks, rows_at, weighted_sums
+
+
+def merge_pairs(
+    x: Float[Tensor, "segments tokens width"],
+    metric: Float[Tensor, "segments tokens key_width"],
+    size: Float[Tensor, "segments tokens"],
+    valid: Bool[Tensor, "segments tokens"],
+    merges: Int[Tensor, " segments"],
+    class_token: bool = False,
+) -> Reduced:
+    """Merge ``merges[s]`` pairs of each segment: features become means weighted by ``size``, sizes add up.
+
+    Tokens are split in turn into two halves; each of the first half finds the most alike of the second (cosine of
+    ``metric``, the mean of the keys over heads), and the most alike pairs merge, at the place of the second. At most
+    half of the tokens merge. class_token: the first token of each segment never merges into another.
+    A following block adds ``log size`` to the logits of its keys (proportional attention).
+
+    Tokens come back in their order (the published code puts the first half before the second).
+    Source: ToMe (ICLR 2023), section 3.
+    """
+    number = numbers(valid)
+    first, second = valid & (number % 2 == 0), valid & (number % 2 == 1)
+    likeness = cosine(metric, metric).masked_fill(~second[:, None], -torch.inf)
+    best, partner = likeness.max(2)
+    free = first & ~(class_token & (number == 0)) & second.any(1, keepdim=True)
+    most = (valid.sum(1) - int(class_token)).clamp_min(0) // 2
+    gone = (ranks(best, free) < merges.minimum(most)[:, None]) & free
+    index = torch.arange(x.shape[1], device=x.device)
+    target = torch.where(gone, partner, index)  # [S,P]
+    place, there = places(valid & ~gone)
+    join = (target[:, None] == place[..., None]) & valid[:, None] & there[..., None]  # [S,K,P]
+    weight = join * size[:, None]
+    total = weight.sum(2)
+    mean = weighted_sums(weight / total[..., None].clamp_min(1e-30), x, valid)
+    alone = (join.sum(2) == 1)[..., None]  # bit for bit as it was
+    features = torch.where(alone, rows_at(x, place), mean)
+    return reduced(place, features, there, total)
+
+
+def merges_per_block(blocks: int, mean: float, inflection: float = 0.0) -> list[int]:
+    """Merges of each block: ``mean`` on average, falling or rising linearly over the blocks.
+
+    inflection: -1 takes from ``2 mean`` in the first block down to 0 in the last, 0 the same in each, 1 up from 0.
+    Source: ToMe (ICLR 2023), appendix; official code's ``parse_r``.
+    """
+    low = int(mean * (1 - inflection))
+    if blocks == 1:
+        return [int(mean)]
+    step = (2 * mean - low - low) / (blocks - 1)
+    return [int(low + step * block) for block in range(blocks)]

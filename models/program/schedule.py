@@ -1,0 +1,166 @@
+"""Which decoder layers see how many visual tokens: the four meanings of a budget, and what a schedule costs.
+
+Papers mean four things by "T tokens", and FastV "at 192" differs by up to 20 points of POPE between them:
+``final`` (tokens after the last cut), ``after_layer`` (after the first cut), ``average`` (over the decoder's layers)
+and a total of ``flops`` or ``kv_bytes``.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import inf
+from typing import Literal
+
+Meaning = Literal["final", "after_layer", "average", "flops", "kv_bytes"]
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """The numbers of a decoder that cost depends on: cache entries are ``2 kv_heads head_dim itemsize`` bytes."""
+
+    layers: int
+    width: int
+    mlp: int
+    kv_heads: int
+    head_dim: int
+    itemsize: int = 2
+
+    def flops(self, tokens: float) -> float:
+        """Multiply-accumulates of one layer over ``tokens`` tokens: 4 n D^2 + 2 n^2 D + 3 n D m.
+
+        The count of the pruning literature for a gated MLP (SparseVLM's code). It takes keys and values as wide as
+        the model, so it is too high with fewer key/value heads.
+        """
+        return 4 * tokens * self.width**2 + 2 * tokens**2 * self.width + 3 * tokens * self.width * self.mlp
+
+    def kv_bytes(self, tokens: float) -> float:
+        """Bytes of one layer's cache of ``tokens`` tokens."""
+        return tokens * 2 * self.kv_heads * self.head_dim * self.itemsize
+
+
+@dataclass(frozen=True)
+class BudgetReport:
+    """What a schedule keeps and costs, in all four meanings.
+
+    visual: visual tokens in each layer. text: other tokens, the same in each. after_layer and final: after the first
+    and the last cut.
+    """
+
+    visual: tuple[float, ...]
+    text: float
+    flops: float
+    kv_bytes: float
+
+    @property
+    def average(self) -> float:
+        return sum(self.visual) / len(self.visual)
+
+    @property
+    def after_layer(self) -> float:
+        return next((n for n in self.visual if n != self.visual[0]), self.visual[0])
+
+    @property
+    def final(self) -> float:
+        return self.visual[-1]
+
+
+def tokens_per_layer(visual: float, cuts: Sequence[int], after: Sequence[float], layers: int) -> tuple[float, ...]:
+    """Visual tokens in each decoder layer: ``after[i]`` from layer ``cuts[i]`` on, ``visual`` before the first cut.
+
+    A cut on the *output* of layer l is a cut at l + 1: layer l still works on all.
+    Raises ValueError unless cuts ascend within the decoder and counts do not grow.
+    """
+    _check_cuts(cuts, layers)
+    counts = (visual, *after)
+    if len(after) != len(cuts) or any(b > a for a, b in pairwise(counts)):
+        raise ValueError(f"after: expected {len(cuts)} counts that do not grow from {visual}; found {tuple(after)}")
+    return tuple(counts[sum(cut <= layer for cut in cuts)] for layer in range(layers))
+
+
+def report(per_layer: Sequence[float], text: float, decoder: DecoderShape) -> BudgetReport:
+    """The cost of one prompt of ``text`` other tokens with ``per_layer`` visual ones."""
+    flops = sum(decoder.flops(n + text) for n in per_layer)
+    cache = sum(decoder.kv_bytes(n + text) for n in per_layer)
+    return BudgetReport(tuple(per_layer), text, flops, cache)
+
+
+def solve(
+    target: float,
+    meaning: Meaning,
+    visual: int,
+    cuts: Sequence[int],
+    decoder: DecoderShape,
+    *,
+    shares: Sequence[float] | None = None,
+    text: float = 0,
+) -> tuple[int, ...]:
+    """Tokens after each cut so that the budget in ``meaning`` is ``target``.
+
+    visual: tokens before the first cut. cuts: decoder layers at whose input tokens go. shares: the counts after the
+    cuts are proportional to these; without shares each cut keeps the same share of what the one before left
+    (PyramidDrop). text: other tokens, which FLOPs and cache bytes count.
+
+    The real solution is unique, since every meaning grows with the counts; each count is then rounded to the nearest
+    whole number. FastV at layer 2 of 32 for an average of 192 of 576 keeps 166.
+
+    Raises ValueError when no counts from 1 to ``visual`` reach the target: the range that can be reached is named.
+    """
+    _check_cuts(cuts, decoder.layers)
+
+    def counts(x: float) -> list[float]:
+        factors = [x ** (i + 1) for i in range(len(cuts))] if shares is None else [x * s / shares[0] for s in shares]
+        return [max(1.0, visual * factor) for factor in factors]
+
+    def value(x: float) -> float:
+        after = counts(x)
+        if meaning in ("final", "after_layer"):
+            return after[-1 if meaning == "final" else 0]
+        found = report(tokens_per_layer(visual, cuts, after, decoder.layers), text, decoder)
+        return getattr(found, meaning)
+
+    if shares is not None and (len(shares) != len(cuts) or list(shares) != sorted(shares, reverse=True)):
+        raise ValueError(f"shares: expected {len(cuts)} numbers that do not grow; found {tuple(shares)}")
+    least, most = value(0.0), value(1.0)
+    if not least <= target * (1 + 1e-12) or not target <= most * (1 + 1e-12):
+        reach = f"from {least:.6g} to {most:.6g} with cuts at layers {', '.join(map(str, cuts))}"
+        raise ValueError(f"budget: expected a target of {meaning} {reach} of {decoder.layers}; found {target:g}")
+    return tuple(round(n) for n in counts(_bisect(value, target)))
+
+
+def _bisect(value: Callable[[float], float], target: float) -> float:
+    """The x from 0 to 1 at which a growing function reaches ``target``."""
+    low, high = 0.0, 1.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if value(middle) < target else (low, middle)
+    return high
+
+
+def _check_cuts(cuts: Sequence[int], layers: int) -> None:
+    edges = [-inf, *cuts, layers]
+    if not cuts or min(cuts) < 0 or any(b <= a for a, b in pairwise(edges)):
+        raise ValueError(f"cuts: expected ascending layers from 0 to {layers - 1}; found {tuple(cuts)}")
+
+
+def flow_removals(concentration: float, tokens: int, target: int, layers_left: int) -> int:
+    """Tokens that FlowCut removes after an encoder layer, at most down to ``target``.
+
+    concentration: :func:`~vlm.models.program.scores.entropy_share` of the class token's attention (1 is even: none
+    is removed). layers_left: encoder layers until the one whose output is used, 0 removes all that is left over.
+    The official code takes the largest number over the batch. Source: FlowCut (NeurIPS 2025), section 3.3.
+    """
+    excess = max(tokens - target, 0)
+    if layers_left == 0:
+        return excess
+    return min(excess, max(0, round(excess / layers_left**0.5 * (1 - concentration**2))))
+
+
+def removed_shares(progress: float, draw: float) -> tuple[float, float]:
+    """Shares of visual tokens that student and teacher lose at ``progress`` (0 to 1) of a training run.
+
+    draw: uniform in [0, 1), the same on every rank. Source: EPIC (NeurIPS 2025), section 3.3 and official code.
+    """
+    progress = min(max(progress, 0.0), 1.0)
+    low, high = 0.1 + 0.16 * progress, min(1.0, 0.1 + 0.64 * progress)
+    student = low + draw * (high - low)
+    return student, max(0.0, student - min(0.3, 0.1 + 0.5 * progress))
