@@ -4,6 +4,9 @@ Blocks of many rows gather the keys they list (:func:`_by_rows`). Where a block 
 (every row choosing for itself, as in MoBA) that would copy a key once per row; there each key block gathers the rows
 that list it, and what a row got from its blocks is merged by log-sum-exp (:func:`_by_keys`). Lists of about the same
 length are worked off together, so that little is filled up; the backward computes each step again.
+
+It saves memory at any density. On a CPU it saves time against PyTorch's fused dense attention where a tenth of the
+pairs or fewer are listed (measured at 4096 tokens, head dim 64, one core).
 """
 
 from bisect import bisect_right
@@ -19,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from vlm.kernels.sparse.lists import BlockLists
 from vlm.kernels.visibility import HIDDEN_KEY, HIDDEN_ROW, Operands
 
-CHUNK = 1 << 20  # numbers that one step holds, about
+CHUNK = 1 << 21  # numbers that one step holds, about
 
 Parts = tuple[Tensor, Tensor, Tensor]  # of a step: out, log-sum-exp, and which query blocks or rows they are of
 
@@ -189,7 +192,7 @@ def _attend(
     scores.masked_fill_(hidden, float("-inf"))
     top = scores.detach().amax(-1, keepdim=True) if k.shape[1] else scores.new_zeros(*q.shape[:2], 1)
     top = top.masked_fill(top.isinf(), 0)
-    weights = torch.exp(scores - top)
+    weights = scores.sub_(top).exp_()  # in place: fresh memory costs more than the arithmetic
     total = weights.sum(-1)
     empty = total == 0  # rows that see nothing
     total = total.masked_fill(empty, 1)
