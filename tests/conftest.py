@@ -10,8 +10,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported; programs 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import inspect
 import random
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,6 +26,25 @@ from beartype import beartype
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined; on a GPU kernels run as compiled
+
+
+def keep_kernels_as_written() -> None:
+    """Triton reads the source of a kernel, so it must get the function itself and not one that checks shapes."""
+    if find_spec("triton") is None:
+        return
+    import triton
+
+    jit = triton.jit
+
+    def jit_unwrapped(function: Callable | None = None, **options: Any) -> Any:
+        if function is None:
+            return lambda function: jit(inspect.unwrap(function), **options)
+        return jit(inspect.unwrap(function), **options)
+
+    triton.jit = jit_unwrapped
+
+
+keep_kernels_as_written()
 
 
 def names_a_shape(hint: Any) -> bool:
