@@ -52,7 +52,9 @@ def merge_states(states: Sequence[State | GatedState]) -> State:
     dtype = _accumulator(*(state[0] for state in states))
     logs = torch.stack([sum((x.to(dtype) for x in gate), lse.to(dtype)) for _, lse, *gate in states])  # [R,...]
     share, lse = shares(logs)
-    merged = sum(part[..., None] * out.to(dtype) for part, (out, *_) in zip(share, states, strict=True))
+    merged = torch.zeros_like(states[0][0], dtype=dtype)
+    for part, (out, *_) in zip(share, states, strict=True):
+        merged = merged + part[..., None] * out.to(dtype)
     return merged, lse
 
 
@@ -83,8 +85,7 @@ def downdate_state(full: State, part: State, *, validate: bool = True) -> State:
     empty = nothing | (remains <= LEAST_REMAINDER[dtype])
     if validate:
         _refuse(remains, nothing & ~removed_lse.isneginf(), empty, min(full[0].element_size(), part[0].element_size()))
-    remains = torch.where(empty, 1, remains)  # keeps the branch that is not taken finite, and so its gradient
-    removed_share = torch.where(empty, 0, removed_share)
+    remains = torch.where(empty, 1, remains)  # finite where nothing remains, and so is its gradient
     out = (whole - removed_share[..., None] * removed) / remains[..., None]
     return out.masked_fill(empty[..., None], 0), (lse + remains.log()).masked_fill(empty, float("-inf"))
 

@@ -69,7 +69,7 @@ def close(got, expected, atol=1e-12, msg=None):
 # What it is
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(sizes, st.sampled_from([(1, 1), (4, 2), (7, 1)]), some_kinds, st.booleans(), seeds)
 def test_neutral_is_sdpa_and_masses_are_sums_of_the_matrix(draw_common, sees, size, heads, kinds, by_head, seed):
     common = draw_common(seed, *size, kinds)
@@ -102,7 +102,7 @@ RULES = {
 }
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(sizes, some_kinds, st.sampled_from(sorted(RULES)), st.booleans(), st.booleans(), seeds)
 def test_every_implementation_is_the_reference(draw_common, size, kinds, rule, by_head, maps, seed):
     common = draw_common(seed, *size, kinds)
