@@ -43,8 +43,8 @@ def determinant_order(
     """Greedy choice of the subset with the largest determinant of ``kernel``: the order in which tokens are picked.
 
     Once every token lies in the span of those picked, but for a share of ``least`` of its square (the kernel's rank is
-    used up), the rest is picked by the kernel's diagonal. Source: Chen et al. (NeurIPS 2018), algorithm 1, as in CDPruner (NeurIPS 2025), section 3.3;
-    its code goes on with rounding errors instead of the diagonal.
+    used up), the rest is picked by the kernel's diagonal. CDPruner's code goes on with rounding errors instead.
+    Source: Chen et al. (NeurIPS 2018), algorithm 1, as in CDPruner (NeurIPS 2025), section 3.3.
     """
     quality = torch.diagonal(kernel, dim1=1, dim2=2)  # [S,P]
     gain = quality.masked_fill(~valid, -torch.inf)  # squared distance to the span of the picks

@@ -85,8 +85,8 @@ def observed(
     """
     last = recent(valid, window)
     before = valid & ~last
-    prefix = torch.as_tensor(capacity, device=score.device) - window
-    return top_entries(pooled(score, before, kernel, pooling), before, prefix.clamp_min(0)) | last[:, None]
+    prefix = max(capacity - window, 0) if isinstance(capacity, int) else (capacity - window).clamp_min(0)
+    return top_entries(pooled(score, before, kernel, pooling), before, prefix) | last[:, None]
 
 
 def first_and_recent(valid: Bool[Tensor, "batch keys"], sinks: int, window: int) -> Bool[Tensor, "batch keys"]:

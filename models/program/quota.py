@@ -102,9 +102,8 @@ def crop_quotas(
     n, crops = len(early_attention), rows * columns
     whole = min(int(total * whole_share), n)
     rest = min(total - whole, crops * n)
-    votes = torch.zeros(n).scatter(
-        0, early_attention.argsort(descending=True, stable=True)[: _share(n, whole_share)], 1
-    )
+    voters = early_attention.argsort(descending=True, stable=True)[: int(n * (1 - whole_share))]
+    votes = torch.zeros(n).scatter(0, voters.cpu(), 1)
     if divide_by == "chunks":
         weight = votes.reshape(crops, -1).sum(1)
     else:

@@ -1,0 +1,55 @@
+"""Operations on batched segments, against Python's own sort and loops."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlm.models.program.segments import cosine, descending, marks, numbers, places, ranks, rows_at, unit, weighted_sums
+
+ROWS = st.lists(st.tuples(st.sampled_from([-torch.inf, 0.0, 1.0]), st.booleans()), min_size=1, max_size=9)
+
+
+@given(ROWS)
+def test_order_rank_number_and_place(rows):
+    score, valid = torch.tensor([[s for s, _ in rows]]), torch.tensor([[v for _, v in rows]])
+    own = [t for t, (_, v) in enumerate(rows) if v]
+    order = sorted(own, key=lambda t: (-rows[t][0], t))
+    assert descending(score, valid)[0, : len(own)].tolist() == order
+    assert ranks(score, valid)[0, order].tolist() == list(range(len(own)))
+    assert numbers(valid)[0, own].tolist() == list(range(len(own)))
+    index, there = places(valid)
+    assert index[there].tolist() == own
+    assert marks(descending(score, valid), valid, torch.tensor([2]))[0].nonzero().flatten().tolist() == sorted(
+        order[:2]
+    )
+
+
+def test_places_pad_shorter_segments_on_the_right():
+    index, there = places(torch.tensor([[True, False, True], [False, True, False]]))
+    assert index[there].tolist() == [0, 2, 1]
+    assert there.tolist() == [[True, True], [True, False]]
+    assert places(torch.zeros(2, 3, dtype=torch.bool))[0].shape == (2, 0)
+
+
+def test_marks_do_not_mind_repeats_beyond_the_count():
+    order, valid = torch.tensor([[1, 1, 1]]), torch.tensor([[False, True, True]])
+    assert marks(order, valid, torch.tensor([1])).tolist() == [[False, True, False]]
+
+
+def test_products_do_not_see_padding_and_stay_in_their_precision():
+    x = torch.randn(1, 4, 3).bfloat16()
+    x[0, 3] = torch.nan
+    valid = torch.tensor([[True, True, True, False]])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = weighted_sums(torch.ones(1, 2, 4), x, valid)
+    torch.testing.assert_close(found, x[:, :3].float().sum(1, keepdim=True).expand(-1, 2, -1).bfloat16())
+    assert torch.equal(rows_at(x, torch.tensor([[2, 0]]))[0], x[0, [2, 0]])
+
+
+def test_cosine_is_at_least_single_precision():
+    x = torch.randn(1, 4, 3)
+    expected = torch.nn.functional.cosine_similarity(x[0, :, None], x[0, None], dim=2)
+    torch.testing.assert_close(cosine(x, x)[0], expected)
+    assert unit(x.half()).dtype == torch.float32
+    assert unit(x.double()).dtype == torch.float64
+    assert unit(torch.zeros(1, 3)).tolist() == [[0, 0, 0]]
