@@ -37,14 +37,27 @@ from vlm.kernels.linear.triton_forward import (
 )
 from vlm.kernels.tile import LOG2E, dot, load_tile, store_tile, unit_stride
 
+ALIGNED = 16  # dims are filled up to a multiple of it: only then rows are loaded in words of 16 bytes
+
 
 def scan_triton(x: Scan) -> tuple[Float[Tensor, "batch heads length value_dim"], State]:
     """The causal scan with one decay per head or token, or none."""
-    q, k, v = (unit_stride(t.to(x.v.dtype)) for t in (x.q, x.k, x.v))
+    features, values = x.k.shape[3], x.v.shape[3]
+    more_features, more_values = -features % ALIGNED, -values % ALIGNED
+    q, k = (unit_stride(_filled(t.to(x.v.dtype), more_features)) for t in (x.q, x.k))
+    v = unit_stride(_filled(x.v, more_values))
+    state = x.first_state()
+    if more_features or more_values:
+        state = F.pad(state, (0, more_values, 0, more_features))
     decay, level, resets = x.decay_and_starts(), None, None
     if decay is not None:
         level, resets = levels(decay[..., 0].expand(k.shape[0], -1, -1), x.chunk)
-    return _Scan.apply(q, k, v, level, resets, x.first_state(), x.scale, x.chunk, x.out_dtype)
+    out, state = _Scan.apply(q, k, v, level, resets, state, x.scale, x.chunk, x.out_dtype)
+    return out[..., :values], state[..., :features, :values]
+
+
+def _filled(x: Tensor, more: int) -> Tensor:
+    return F.pad(x, (0, more)) if more else x
 
 
 class _Scan(torch.autograd.Function):
@@ -69,7 +82,9 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  (once_differentiable hides the names)
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
         grad, grad_final = grads
         q, k, v, level, resets, initial = ctx.saved_tensors
         x = _chunks(q, k, v, level, resets, ctx.scale, ctx.chunk)
@@ -83,7 +98,8 @@ class _Scan(torch.autograd.Function):
         dk = _grad_tokens(turned, q, grad_states, dtype, turned=True)
         dv = _grad_tokens(x, grad, grad_states, v.dtype)
         dlevel = _grad_level(x, dq, dk, states, grad_states) if wanted else None
-        return dq.to(q.dtype), dk.to(k.dtype), dv, dlevel, None, grad_states[:, :, 0].to(initial.dtype), *[None] * 3
+        d_initial = grad_states[:, :, 0].clone() if ctx.needs_input_grad[5] else None
+        return dq.to(q.dtype), dk.to(k.dtype), dv, dlevel, None, d_initial, None, None, None
 
 
 def _chunks(

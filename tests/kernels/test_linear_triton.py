@@ -1,5 +1,7 @@
 """Linear attention in Triton against the recurrence: in fp64 itself where Triton is interpreted."""
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +10,9 @@ from torch import Tensor
 
 from vlm.kernels.linear import linear_attention
 from vlm.kernels.linear.features import feature_dim
+
+sys.path.insert(0, str(Path(__file__).parent))
+from compile_only import compiled
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -179,3 +184,20 @@ def test_what_it_refuses():
     ):
         with pytest.raises(ValueError, match=f"cannot run this: .*{reason}"):
             linear_attention(q, k, v, impl="triton", **more)
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_a_gpu_and_spill_nothing():
+    program = """
+import torch
+from vlm.kernels.linear.scan import Scan
+from vlm.kernels.linear.triton_backward import scan_triton
+make = lambda heads, dim: torch.zeros(2, heads, 300, dim, dtype=torch.bfloat16, requires_grad=True)
+q, k, v = make(4, 153), make(2, 153), make(2, 65)
+decay = -torch.ones(2, 2, 300, 1, requires_grad=True)
+out, _ = scan_triton(Scan(q, k, v, 0.1, torch.float32, decay, None, None, True, 64, "taylor2"))
+out.sum().backward()
+"""
+    kernels = compiled(program)
+    assert {kernel.name for kernel in kernels} == {"state_kernel", "row_kernel", "grad_state_kernel", "token_kernel"}
+    assert not [kernel for kernel in kernels if kernel.spilled]
