@@ -116,10 +116,10 @@ def means(
     """The mean of the real vectors of each block; 0 where there is none."""
     if valid is None:
         valid = torch.ones(1, x.shape[2], dtype=torch.bool, device=x.device)
-    weight = valid[:, None, :, None].to(x.dtype)
+    real = valid[:, None, :, None]
     summed = [
         torch.nn.functional.pad(each, (0, 0, 0, -x.shape[2] % block)).unflatten(2, (-1, block)).sum(3)
-        for each in (x * weight, weight)
+        for each in (x.masked_fill(~real, 0), real.to(x.dtype))
     ]
     return summed[0] / summed[1].clamp_min(1)
 

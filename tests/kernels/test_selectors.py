@@ -334,9 +334,10 @@ def test_boxes_are_row_major_inside_too():
 
 def test_means_leave_padding_out():
     x = torch.tensor([[[[1.0], [3.0], [5.0], [100.0], [7.0]]]])
+    assert means(x, 2, None).flatten().tolist() == [2.0, 52.5, 7.0]
+    x[:, :, 3:] = torch.nan
     valid = torch.tensor([[True, True, True, False, False]])
     assert means(x, 2, valid).flatten().tolist() == [2.0, 5.0, 0.0]
-    assert means(x, 2, None).flatten().tolist() == [2.0, 52.5, 7.0]
 
 
 @pytest.mark.bad_shape
