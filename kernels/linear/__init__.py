@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vlm.kernels import dispatch
-from vlm.kernels.dispatch import Call, Implementation, any_of, lazy, needs_triton, only_for_tests
+from vlm.kernels.dispatch import Call, Choice, Implementation, any_of, lazy, needs_triton, only_for_tests
 from vlm.kernels.linear.arguments import (
     State,
     check_decay,
@@ -135,6 +135,14 @@ def linear_attention(
     return (out, state) if output_state else out
 
 
+def explain(call: Call) -> Choice:
+    """What ``impl="auto"`` runs for a call, and why not the others.
+
+    ``more`` may hold causal (True), chunk (64) and decay, which is "none", "head", "token" or "channel".
+    """
+    return dispatch.explain(NAME, IMPLEMENTATIONS, call)
+
+
 def linear_attention_step(
     q: Float[Tensor, "batch heads dim"],
     k: Float[Tensor, "batch kv_heads dim"],
@@ -178,3 +186,8 @@ def linear_attention_step(
         impl="reference",
     )
     return out.squeeze(2), state
+
+
+def explain(call: Call) -> dispatch.Choice:
+    """Which implementation ``impl="auto"`` takes for a call, and why not the others."""
+    return dispatch.explain(NAME, IMPLEMENTATIONS, call)

@@ -82,3 +82,13 @@ def block_sparse_attention(
     chosen = dispatch.choose(NAME, IMPLEMENTATIONS, impl, dispatch.Call.of(q, k, v))
     out, lse = chosen.run(x, lists)
     return (out, lse) if return_lse else out
+
+
+def explain(call: dispatch.Call) -> dispatch.Choice:
+    """Which implementation ``impl="auto"`` takes for a call, and why not the others."""
+    return dispatch.explain(NAME, IMPLEMENTATIONS, call)
+
+
+def explain(call: dispatch.Call) -> dispatch.Choice:
+    """Which implementation ``impl="auto"`` takes for a call, and why not the others."""
+    return dispatch.explain(NAME, IMPLEMENTATIONS, call)

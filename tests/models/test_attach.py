@@ -128,18 +128,18 @@ def test_a_regroup_whose_rule_changes_nothing_is_close(make_model, batch):
         torch.testing.assert_close(model.prefill(inputs)[0], logits, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("impl", ["torch", "flex", "triton"])
+@pytest.mark.parametrize("impl", ["torch", "flex", pytest.param("triton", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["fastv", "var"])
 def test_every_implementation_of_the_kernels_gives_the_same_model(make_model, batch, name, impl):
-    model, inputs = make_model(), batch("tt#ttt", "tt", "#t##tt")
+    model, inputs = make_model(), batch("t#tt", "tt")
     program = ACTIVE[name](model.decoder_facts)
     with torch.no_grad():
         with attach(model, program, impl="reference"):
             expected = model(inputs).hidden
-            tokens = generate(model, inputs, max_new_tokens=3, stop=1)
+            tokens = generate(model, inputs, max_new_tokens=2, stop=1)
         with attach(model, program, impl=impl):
             torch.testing.assert_close(model(inputs).hidden, expected, rtol=0, atol=1e-5)
-            assert generate(model, inputs, max_new_tokens=3, stop=1) == tokens
+            assert generate(model, inputs, max_new_tokens=2, stop=1) == tokens
 
 
 @pytest.mark.parametrize("name", ["fastv", "var"])
