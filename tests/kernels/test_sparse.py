@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from vlm.kernels.dispatch import Call, explain
-from vlm.kernels.sparse import IMPLEMENTATIONS, NAME, block_sparse_attention, gather
+from vlm.kernels.dispatch import Call
+from vlm.kernels.sparse import block_sparse_attention, explain, gather
 from vlm.kernels.sparse.flex import block_mask
 from vlm.kernels.sparse.lists import BlockLists, check
 from vlm.kernels.visibility import visibility
@@ -282,10 +282,10 @@ def test_bad_lists_are_named(change, message):
 
 def test_which_implementation_runs_where():
     q = torch.zeros(1, 2, 4, 8)
-    here = explain(NAME, IMPLEMENTATIONS, Call.of(q, q, q))
+    here = explain(Call.of(q, q, q))
     assert here.chosen == "torch" and "score matrix" in here.others["flex"]
     on_gpu = Call(torch.device("cuda"), torch.bfloat16, grad=True, dim=64, value_dim=64)
-    assert explain(NAME, IMPLEMENTATIONS, on_gpu).chosen == "flex"
+    assert explain(on_gpu).chosen == "flex"
 
 
 def test_other_bad_input_is_named():
