@@ -10,8 +10,8 @@ from transformers import MiniMaxConfig
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
 
-from vlm.kernels.dispatch import Call, explain
-from vlm.kernels.linear import IMPLEMENTATIONS, NAME, linear_attention, linear_attention_step
+from vlm.kernels.dispatch import Call
+from vlm.kernels.linear import IMPLEMENTATIONS, NAME, explain, linear_attention, linear_attention_step
 from vlm.kernels.linear.decay import cumulative_softmax, lightning_decay
 from vlm.kernels.linear.features import FEATURES, feature_dim, feature_map, similarity
 
@@ -379,7 +379,7 @@ def test_lightning_attention_is_that_of_minimax():
 
 def test_what_runs_where():
     call = Call(torch.device("cpu"), torch.float32, more={"decay": "token", "causal": True, "chunk": 64})
-    choice = explain(NAME, IMPLEMENTATIONS, call)
+    choice = explain(call)
     assert choice.chosen == "chunk" and set(choice.others) == {"triton", "reference"}
     triton = IMPLEMENTATIONS[0]
     for change, reason in (({"decay": "channel"}, "per channel"), ({"causal": False}, "order"), ({"chunk": 48}, "48")):
