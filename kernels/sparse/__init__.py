@@ -87,8 +87,3 @@ def block_sparse_attention(
 def explain(call: dispatch.Call) -> dispatch.Choice:
     """Which implementation ``impl="auto"`` takes for a call, and why not the others."""
     return dispatch.explain(NAME, IMPLEMENTATIONS, call)
-
-
-def explain(call: dispatch.Call) -> dispatch.Choice:
-    """Which implementation ``impl="auto"`` takes for a call, and why not the others."""
-    return dispatch.explain(NAME, IMPLEMENTATIONS, call)
