@@ -70,7 +70,7 @@ def _run(
     work = Work(x.scale, x.seen, x.kv_head_of, grouping._replace(gamma=None, beta=None, key_bias=None), form, lse)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return GroupedMass.apply(*inputs, work)
-    if form is not None and x.v is not None and x.q.shape[2] <= MOST_ROWS:
+    if form is not None and x.v is not None and 0 < x.q.shape[2] <= MOST_ROWS:
         return decode(x, grouping, form)
     return _forward(work, *inputs)
 

@@ -42,21 +42,18 @@ RENORMALISED: tl.constexpr = tl.constexpr(2)
 REDISTRIBUTION: tl.constexpr = tl.constexpr(3)
 FLOOR: tl.constexpr = tl.constexpr(4)
 LEAST: tl.constexpr = tl.constexpr(LEAST_MASS)
-TINY: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
 class Terms(NamedTuple):
-    """What a kernel needs to know of a rule. Sets of groups are bit masks; meanings of numbers depend on the kind.
+    """What a kernel needs to know of a rule; sets of groups are bit masks.
 
-    Keys of the groups ``first`` go to slot 0, of the groups ``second`` to slot 1, all others to slot 2.
+    first, second: groups of slots 0 and 1 (what gets mass and what gives it); all others are in slot 2.
     """
 
     gains: Tensor | None = None  # [1 or heads, groups]
     gains_head: int = 0  # elements from one head to the next
     first: int = 0
     second: int = 0
-    source: int = 0
-    target: int = 0
     watched: int = 0
     needed: int = 0
     strength: float = 0.0  # Redistribution.taken, MassFloor.least
@@ -96,35 +93,30 @@ def closed_form(rule: Rule, heads: int, like: Tensor) -> ClosedForm | None:
         return _static(rule, heads, like)
     if type(rule) is Redistribution:
         return _redistribution(rule)
-    if type(rule) is MassFloor and 0 <= rule.group < rule.groups:
+    if type(rule) is MassFloor:
         bit, every = 1 << rule.group, (1 << rule.groups) - 1
-        terms = Terms(first=bit, second=every & ~bit, target=bit, strength=float(rule.least), limit=float(rule.most))
+        terms = Terms(first=bit, second=every & ~bit, strength=float(rule.least), limit=float(rule.most))
         return ClosedForm(FLOOR.value, 2, terms)
     return None
 
 
 def _static(rule: Static, heads: int, like: Tensor) -> ClosedForm | None:
     learned = rule.gains.requires_grad and torch.is_grad_enabled()
-    if learned or tuple(rule.gains.shape) not in ((rule.groups,), (heads, rule.groups)):
-        return None
     gains = rule.gains.detach().to(like).reshape(-1, rule.groups).contiguous()
+    if learned or len(gains) not in (1, heads):
+        return None
     kind = RENORMALISED.value if rule.renormalise else STATIC.value
-    return ClosedForm(kind, 1, Terms(gains=gains, gains_head=rule.groups if rule.gains.ndim == 2 else 0))
+    return ClosedForm(kind, 1, Terms(gains=gains, gains_head=rule.groups if len(gains) > 1 else 0))
 
 
 def _redistribution(rule: Redistribution) -> ClosedForm | None:
-    sets = (rule.source, rule.target, rule.watched, rule.needed or rule.source)
-    if any(not 0 <= group < rule.groups for groups in sets for group in groups):
-        return None
+    sets = (rule.target, rule.source, rule.watched, rule.needed or rule.source)
     if any(len(set(groups)) < len(groups) for groups in sets):  # the definition counts a repeated group twice
         return None
-    source, target, watched, needed = (sum(1 << group for group in groups) for groups in sets)
-    first = target & ~source  # a group of both is a source
-    slots = 2 if first | source == (1 << rule.groups) - 1 else 3
+    masks = [sum(1 << group for group in groups) for groups in sets]
+    slots = 2 if masks[0] | masks[1] == (1 << rule.groups) - 1 else 3
     numbers = (float(rule.taken), float(rule.watched_min), float(rule.target_share))
-    return ClosedForm(
-        REDISTRIBUTION.value, slots, Terms(None, 0, first, source, source, target, watched, needed, *numbers)
-    )
+    return ClosedForm(REDISTRIBUTION.value, slots, Terms(None, 0, *masks, *numbers))
 
 
 class Result(NamedTuple):
@@ -386,7 +378,7 @@ def finish(
     if out is not None:
         first, second = coefficients(total, norm, selected, terms, KIND, GROUPS)
         if KIND == RENORMALISED:
-            norm = norm * tl.where(selected > 0, tl.maximum(weighted, TINY), 1.0)
+            norm = norm * tl.where((selected > 0) & (weighted > 0), weighted, 1.0)
         value = acc0
         if SLOTS > 1:
             value = acc0 * first[:, None] + acc1 * second[:, None]
@@ -401,9 +393,9 @@ def coefficients(total, norm, selected, terms, KIND: tl.constexpr, GROUPS: tl.co
     """Coefficients of slots 0 and 1 in each row, as the rules of :mod:`vlm.kernels.grouped_mass.rules` define them."""
     one = selected * 0 + 1
     first, second = one, one
-    target = mass_of(terms.target, total, norm, GROUPS)
+    target = mass_of(terms.first, total, norm, GROUPS)
     if KIND == REDISTRIBUTION:
-        source = mass_of(terms.source, total, norm, GROUPS)
+        source = mass_of(terms.second, total, norm, GROUPS)
         watched = mass_of(terms.watched, total, norm, GROUPS)
         acts = (watched >= terms.limit) & (target >= watched * terms.share) & (target > LEAST)
         acts = acts & (mass_of(terms.needed, total, norm, GROUPS) > 0) & (selected > 0)

@@ -8,10 +8,10 @@ For other tests::
     kernels = compiled("import torch; from vlm.kernels.my_op.triton_forward import forward; forward(torch.zeros(...))")
     assert not any(kernel.spilled for kernel in kernels if kernel.name == "forward_kernel")
 
-The program is Python text that calls *our own launch function* with CPU tensors, as a GPU run would (below the dispatch,
-which refuses a CPU). It runs in a process of its own without the interpreter, where Triton takes the device for an
-sm_90 GPU: every launch compiles to machine code, with the types, strides and sizes that it is given, and then launches
-nothing. So results are uninitialised memory; the program must not look at them. Two to ten seconds a kernel.
+The program is Python text that calls *our own launch function* with CPU tensors, as a GPU run would (below the
+dispatch, which refuses a CPU). It runs in a process of its own without the interpreter, where Triton takes the device
+for an sm_90 GPU: every launch compiles to machine code, with the types, strides and sizes that it is given, and then
+launches nothing. So results are uninitialised memory; the program must not look at them. Two to ten seconds a kernel.
 """
 
 import json
