@@ -19,15 +19,25 @@ def received_reference(
     row_weight: Float[Tensor, "batch chosen"],
     reduce: str,
 ) -> Float[Tensor, "batch heads keys"]:
-    attention = attention_of_rows(x, lse, rows)  # [B,H,R,K]
-    weight = row_weight.to(attention.dtype)[:, None, :, None]  # [B,1,R,1]
+    at = rows.clamp_min(0)  # [B,R]; the visibility of a row of -1 hides every key
+    q = x.q.gather(2, at[:, None, :, None].expand(-1, x.q.shape[1], -1, x.q.shape[3]))  # [B,H,R,D]
+    seen = x.seen.pick(rows).mask()  # [B,1,R,K]
+    scores = _scores(q.to(x.accumulator) * x.scale, x)
+    # softmax of a row that sees nothing has to stay a number, though of no meaning: such a row weighs nothing
+    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min if lse is None else float("-inf"))
+    if lse is None:
+        attention = scores.softmax(-1)  # [B,H,R,K]
+    else:
+        norm = lse.to(scores.dtype).gather(2, at[:, None].expand(scores.shape[:3]))
+        attention = torch.exp(scores - norm.masked_fill(norm == float("-inf"), float("inf"))[..., None])
+    weight = row_weight.to(scores.dtype)[:, None, None] * seen.any(-1)[:, :, None]  # [B,1,1,R]
     if reduce == "sum":
-        return (attention * weight).sum(2)
+        return (weight @ attention).squeeze(2)
     if reduce == "sumsq":
-        return (attention**2 * weight).sum(2)
+        return (weight @ attention.square()).squeeze(2)
     if not rows.shape[1]:
         return attention.sum(2)
-    attention = attention * (weight > 0)
+    attention = attention * (weight > 0).transpose(-1, -2)
     first = attention.argmax(2, keepdim=True)  # of equal rows the first gets the gradient
     return attention.gather(2, first).squeeze(2)
 
@@ -51,19 +61,6 @@ def received_torch(
     return received
 
 
-def attention_of_rows(
-    x: Operands, lse: Float[Tensor, "batch heads rows"] | None, rows: Int[Tensor, "batch chosen"]
-) -> Float[Tensor, "batch heads chosen keys"]:
-    """The attention matrix of the chosen rows; 0 for -1 and for a row that sees nothing or whose lse is -inf."""
-    at = rows.clamp_min(0)  # [B,R]; the visibility of a row of -1 hides every key
-    q = x.q.gather(2, at[:, None, :, None].expand(-1, x.q.shape[1], -1, x.q.shape[3]))  # [B,H,R,D]
-    scores = _scores(q.to(x.accumulator), x)
-    scores = scores.masked_fill(~x.seen.pick(rows).mask(), float("-inf"))
-    norm = scores.logsumexp(-1) if lse is None else lse.to(scores.dtype).gather(2, at[:, None].expand(scores.shape[:3]))
-    norm = norm.masked_fill(norm == float("-inf"), float("inf"))
-    return torch.exp(scores - norm[..., None])
-
-
 def _part(
     x: Operands, lse: Tensor | None, rows: Tensor, row_weight: Tensor, reduce: str
 ) -> Float[Tensor, "batch heads keys"]:
@@ -72,9 +69,9 @@ def _part(
 
 
 def _scores(q: Float[Tensor, "batch heads chosen dim"], x: Operands) -> Float[Tensor, "batch heads chosen keys"]:
-    """Scaled scores, of exact products also for 16-bit inputs."""
+    """q k^T of exact products also for 16-bit inputs."""
     k = x.k.to(q.dtype)
     if x.kv_head_of is not None:
-        return q @ x.per_head(k).transpose(-1, -2) * x.scale
+        return q @ x.per_head(k).transpose(-1, -2)
     grouped = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # [B,KV,heads of the group * R,D]: keys stay as they are
-    return (grouped @ k.transpose(-1, -2)).view(*q.shape[:3], k.shape[2]) * x.scale
+    return (grouped @ k.transpose(-1, -2)).view(*q.shape[:3], k.shape[2])

@@ -25,7 +25,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vlm.kernels.received.triton_forward import Chosen, Walk, add_up, column_pass, load_lse, log_sum_exp, probability
+from vlm.kernels.received.triton_forward import (
+    GIVEN,
+    Chosen,
+    Walk,
+    add_up,
+    column_pass,
+    load_lse,
+    log_sum_exp,
+    probability,
+)
 from vlm.kernels.tile import dot, key_codes, load_tile, row_codes, store_tile
 from vlm.kernels.visibility import Operands
 
@@ -38,7 +47,7 @@ def received_triton(
     reduce: str,
 ) -> Float[Tensor, "batch heads keys"]:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x.q, x.k, lse)):
-        return _Received.apply(x.q, x.k, lse, x, rows, row_weight, reduce)  # type: ignore[no-any-return]
+        return _Received.apply(x.q, x.k, lse, x, rows, row_weight, reduce)
     chosen = Chosen.of(x, rows, row_weight)
     return column_pass(chosen, _of_chosen(lse, chosen, rows), reduce)[0]
 
@@ -58,15 +67,15 @@ class _Received(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         rows, lse, place, *tensors = ctx.saved_tensors
         loss = Loss(Chosen(*tensors, *ctx.rest), lse, grad.contiguous(), place, ctx.reduce)
         for_q, for_k, for_lse = ctx.needs_input_grad[:3]
         given = ctx.lse_like is not None
         total = _row_totals(loss) if for_lse or not given else None
-        centre = None if given else total
-        dq = _at_rows(_query_gradient(loss, centre), rows, ctx.q_like) if for_q else None
-        dk = _key_gradient(loss, centre) if for_k else None
+        centre, dim = None if given else total, ctx.q_like[0][3]
+        dq = _at_rows(_query_gradient(loss, centre)[..., :dim], rows, ctx.q_like) if for_q else None
+        dk = _key_gradient(loss, centre)[..., :dim] if for_k else None
         dlse = _at_rows(-total, rows, ctx.lse_like) if for_lse and total is not None else None
         return dq, dk, dlse, None, None, None, None
 
@@ -170,7 +179,7 @@ def _row_totals_kernel(
     batch = head // heads
     i = row_tile * ROWS + tl.arange(0, ROWS)
     q_tile = load_tile(q + head.to(tl.int64) * rows * dim, i, dim, rows, dim, DIM)
-    row_at, row_in = row_codes(row_position, row_document, batch, i, rows, keys, False)
+    row_at, row_in = row_codes(row_position, row_document, batch, i, rows, keys, GIVEN)
     row_lse = load_lse(lse, head, i, rows)[:, None]
     w = tl.load(weight + batch.to(tl.int64) * rows + i, mask=i < rows, other=0.0)[:, None]
     k += batch.to(tl.int64) * k_batch + tl.load(kv_head_of + head % heads).to(tl.int64) * k_head
@@ -180,7 +189,7 @@ def _row_totals_kernel(
     total = tl.zeros([ROWS], ACC)
     for tile in range(split * steps, stop):
         j = tile * KEYS + tl.arange(0, KEYS)
-        key_at, key_in = key_codes(key_position, key_document, batch, j, keys, False)
+        key_at, key_in = key_codes(key_position, key_document, batch, j, keys, GIVEN)
         scores = dot(q_tile, tl.trans(load_tile(k, j, k_key, keys, dim, DIM)), ACC)
         p = probability(
             scores, row_lse, row_at[:, None], row_in[:, None], key_at[None, :], key_in[None, :], scale, CAUSAL
@@ -205,7 +214,7 @@ def _query_gradient_kernel(
     i = row_tile * ROWS + tl.arange(0, ROWS)
     at = head.to(tl.int64) * rows
     q_tile = load_tile(q + at * dim, i, dim, rows, dim, DIM)
-    row_at, row_in = row_codes(row_position, row_document, batch, i, rows, keys, False)
+    row_at, row_in = row_codes(row_position, row_document, batch, i, rows, keys, GIVEN)
     row_lse = load_lse(lse, head, i, rows)[:, None]
     w = tl.load(weight + batch.to(tl.int64) * rows + i, mask=i < rows, other=0.0)[:, None]
     k += batch.to(tl.int64) * k_batch + tl.load(kv_head_of + head % heads).to(tl.int64) * k_head
@@ -216,7 +225,7 @@ def _query_gradient_kernel(
     for tile in range(split * steps, stop):
         j = tile * KEYS + tl.arange(0, KEYS)
         k_tile = load_tile(k, j, k_key, keys, dim, DIM)
-        key_at, key_in = key_codes(key_position, key_document, batch, j, keys, False)
+        key_at, key_in = key_codes(key_position, key_document, batch, j, keys, GIVEN)
         scores = dot(q_tile, tl.trans(k_tile), ACC)
         p = probability(
             scores, row_lse, row_at[:, None], row_in[:, None], key_at[None, :], key_in[None, :], scale, CAUSAL
@@ -244,7 +253,7 @@ def _key_gradient_kernel(
     batch, kv = both // kv_heads, both % kv_heads
     j = key_tile * KEYS + tl.arange(0, KEYS)
     k_tile = load_tile(k + batch.to(tl.int64) * k_batch + kv.to(tl.int64) * k_head, j, k_key, keys, dim, DIM)
-    key_at, key_in = key_codes(key_position, key_document, batch, j, keys, False)
+    key_at, key_in = key_codes(key_position, key_document, batch, j, keys, GIVEN)
     start, stop = split * steps, tl.minimum(split * steps + steps, tl.cdiv(rows, ROWS))
     if BOUNDED:
         start = tl.maximum(start, tl.load(first + batch * key_tiles + key_tile))
@@ -256,7 +265,7 @@ def _key_gradient_kernel(
         for tile in range(start, stop):
             i = tile * ROWS + tl.arange(0, ROWS)
             q_tile = load_tile(q + at * dim, i, dim, rows, dim, DIM)
-            row_at, row_in = row_codes(row_position, row_document, batch, i, rows, keys, False)
+            row_at, row_in = row_codes(row_position, row_document, batch, i, rows, keys, GIVEN)
             row_lse = load_lse(lse, head, i, rows)[None, :]
             w = tl.load(weight + batch.to(tl.int64) * rows + i, mask=i < rows, other=0.0)[None, :]
             scores = dot(k_tile, tl.trans(q_tile), ACC)

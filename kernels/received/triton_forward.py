@@ -31,6 +31,7 @@ from vlm.kernels.tile import (
 )
 from vlm.kernels.visibility import Operands
 
+GIVEN: tl.constexpr = tl.constexpr(False)  # who sees whom is read from codes, not worked out by index
 PROCESSORS_INTERPRETED = 4  # stands for a GPU's, so that tests meet walks that are split and walks that are not
 
 
@@ -46,7 +47,7 @@ class Walk(NamedTuple):
 
 @dataclass(frozen=True)
 class Chosen:
-    """The chosen rows beside the keys, as every kernel here takes them."""
+    """The chosen rows beside the keys, as every kernel here takes them. ``dim`` is filled up to a multiple of 16."""
 
     q: Float[Tensor, "batch heads chosen dim"]
     k: Float[Tensor, "batch kv_heads keys dim"]
@@ -63,8 +64,11 @@ class Chosen:
     def of(x: Operands, rows: Int[Tensor, "batch chosen"], row_weight: Float[Tensor, "batch chosen"]) -> "Chosen":
         batch, heads, _, dim = x.q.shape
         q = x.q.gather(2, rows.clamp_min(0)[:, None, :, None].expand(-1, heads, -1, dim))
+        k, short = unit_stride(x.k), -dim % 16
+        if short:  # of other sizes Triton loads one number at a time
+            q, k = (torch.nn.functional.pad(each, (0, short)) for each in (q, k))
         codes = x.seen.pick(rows).codes(batch)
-        return Chosen(q, unit_stride(x.k), row_weight.contiguous(), *codes, x.head_map(), x.scale, x.seen.causal)
+        return Chosen(q, k, row_weight.contiguous(), *codes, x.head_map(), x.scale, x.seen.causal)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The fields that are tensors, in their order."""
@@ -108,6 +112,8 @@ class Chosen:
         t = tiles(dim, self.q.dtype, accumulators)
         if self.q.dtype == torch.float32:  # exact products take the plain cores, where larger tiles spill (sm_90)
             t = Tiles(min(t.rows, 32 if dim <= 128 else 16), min(t.keys, 32), 8, t.stages)
+        if few < 64 and accumulators > 1:  # beside few rows wide tiles of keys spill as well
+            t = t._replace(keys=min(t.keys, 32))
         return t._replace(rows=min(t.rows, few))
 
     def _walk(self, t: Tiles, programs: int, steps: int, bound: Tensor | None) -> Walk:
@@ -209,7 +215,7 @@ def _log_sum_exp_kernel(
     batch = head // heads
     i = row_tile * ROWS + tl.arange(0, ROWS)
     q_tile = load_tile(q + head.to(tl.int64) * rows * dim, i, dim, rows, dim, DIM)
-    row_at, row_in = row_codes(row_position, row_document, batch, i, rows, keys, False)
+    row_at, row_in = row_codes(row_position, row_document, batch, i, rows, keys, GIVEN)
     k += batch.to(tl.int64) * k_batch + tl.load(kv_head_of + head % heads).to(tl.int64) * k_head
     stop = tl.minimum(split * steps + steps, tl.cdiv(keys, KEYS))
     if BOUNDED:
@@ -219,7 +225,7 @@ def _log_sum_exp_kernel(
     for tile in range(split * steps, stop):
         j = tile * KEYS + tl.arange(0, KEYS)
         k_tile = load_tile(k, j, k_key, keys, dim, DIM)
-        key_at, key_in = key_codes(key_position, key_document, batch, j, keys, False)
+        key_at, key_in = key_codes(key_position, key_document, batch, j, keys, GIVEN)
         scores = dot(q_tile, tl.trans(k_tile), ACC) * (scale * LOG2E)
         scores = tl.where(sees(row_at, row_in, key_at, key_in, CAUSAL), scores, float("-inf"))
         new = tl.maximum(most, tl.max(scores, 1))
@@ -245,7 +251,7 @@ def _column_pass_kernel(
     j = key_tile * KEYS + tl.arange(0, KEYS)
     k += batch.to(tl.int64) * k_batch + tl.load(kv_head_of + head % heads).to(tl.int64) * k_head
     k_tile = load_tile(k, j, k_key, keys, dim, DIM)
-    key_at, key_in = key_codes(key_position, key_document, batch, j, keys, False)
+    key_at, key_in = key_codes(key_position, key_document, batch, j, keys, GIVEN)
     q += head.to(tl.int64) * rows * dim
     weight += batch.to(tl.int64) * rows
     start, stop = split * steps, tl.minimum(split * steps + steps, tl.cdiv(rows, ROWS))
@@ -256,7 +262,7 @@ def _column_pass_kernel(
     for tile in range(start, stop):
         i = tile * ROWS + tl.arange(0, ROWS)
         q_tile = load_tile(q, i, dim, rows, dim, DIM)
-        row_at, row_in = row_codes(row_position, row_document, batch, i, rows, keys, False)
+        row_at, row_in = row_codes(row_position, row_document, batch, i, rows, keys, GIVEN)
         row_lse, w = load_lse(lse, head, i, rows)[None, :], tl.load(weight + i, mask=i < rows, other=0.0)[None, :]
         scores = dot(k_tile, tl.trans(q_tile), ACC)
         p = probability(
@@ -275,5 +281,5 @@ def _column_pass_kernel(
     result = tl.max(received, 1) if REDUCE == "max" else tl.sum(received, 1)
     tl.store(out + at, result, mask=j < keys)
     if PLACE:  # the first of equals: each column of the tile already has its first
-        best = tl.min(tl.where(received == result[:, None], best, 2147483647), 1)
+        best = tl.min(tl.where(received == tl.expand_dims(result, 1), best, 2147483647), 1)
         tl.store(place + at, best, mask=j < keys)
