@@ -1,4 +1,4 @@
-"""Dense attention by FlexAttention: any visibility, with the log-sum-exp, differentiable on CUDA."""
+"""Dense attention by FlexAttention: any visibility, with the log-sum-exp; no backward on a CPU."""
 
 from torch import Tensor
 

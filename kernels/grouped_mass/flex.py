@@ -10,7 +10,7 @@ from vlm.kernels.visibility import Operands
 
 
 def grouped_mass_flex(x: Operands, grouping: Grouping) -> tuple[Tensor, Tensor, Tensor]:
-    """Differentiable on CUDA. Which groups have a key is looked up first, which waits for the GPU."""
+    """Which groups have a key is looked up first, which waits for the GPU. No backward on a CPU."""
     assert x.v is not None
     (batch, heads, rows), groups = x.q.shape[:3], grouping.rule.groups
     k, v = grouped_heads(x)
