@@ -31,8 +31,7 @@ def merge_pairs(
     likeness = cosine(metric, metric).masked_fill(~second[:, None], -torch.inf)
     best, partner = likeness.max(2)
     free = first & ~(class_token & (number == 0)) & second.any(1, keepdim=True)
-    most = (valid.sum(1) - int(class_token)).clamp_min(0) // 2
-    gone = (ranks(best, free) < merges.minimum(most)[:, None]) & free
+    gone = (ranks(best, free) < merges.minimum(valid.sum(1) // 2)[:, None]) & free
     index = torch.arange(x.shape[1], device=x.device)
     target = torch.where(gone, partner, index)  # [S,P]
     place, there = places(valid & ~gone)

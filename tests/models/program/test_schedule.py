@@ -82,7 +82,7 @@ def test_a_report_counts_what_the_literature_counts():
     assert (two.after_layer, two.final) == (100, 50)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(
     meaning=st.sampled_from(["final", "after_layer", "average", "flops", "kv_bytes"]),
     cuts=st.sets(st.integers(0, 31), min_size=1, max_size=4),
@@ -131,6 +131,7 @@ def test_flowcut_removes_as_its_code_and_its_paper_say(signed, golden):
 def test_epic_starts_mild_and_keeps_the_teacher_milder():
     assert removed_shares(0.0, 0.7) == pytest.approx((0.1, 0.0))
     assert removed_shares(1.0, 0.0) == pytest.approx((0.26, 0.0))
+    assert removed_shares(0.1, 1.0) == pytest.approx((0.164, 0.014))  # the gap has grown to 0.15
     student, teacher = removed_shares(2.0, 0.999)
     assert student == pytest.approx(0.26 + 0.999 * 0.48)
     assert teacher == pytest.approx(student - 0.3)
