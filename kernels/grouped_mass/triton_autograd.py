@@ -110,7 +110,9 @@ class GroupedMass(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out: Tensor | None, d_mass: Tensor | None, d_lse: Tensor | None) -> tuple[Any, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  (once_differentiable hides the names)
+        ctx: Any, d_out: Tensor | None, d_mass: Tensor | None, d_lse: Tensor | None
+    ) -> tuple[Any, ...]:
         q, k, v, coefficient, gamma, beta, key_bias, out, mass, lse = ctx.saved_tensors
         if d_out is None and d_mass is None and d_lse is None:
             return (None,) * 8

@@ -12,6 +12,10 @@ The rows' kernel makes T and dq, the keys' kernel dk, dv and column sums; neithe
 same every time. The derivation is ours; FlashAttention-2 (Dao 2023) has the case C = 1, dM = 0.
 """
 
+# Triton types compile-time values as constexpr and ranges as opaque; Python passes plain ones
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportPossiblyUnboundVariable=false
+
 from typing import NamedTuple
 
 import torch
@@ -113,7 +117,7 @@ def row_gradients(
             sums,
             d_query,
             *(Strides.of(x.k if t is None else t) for t in (x.q, x.k, v, up.d_out, d_query)),
-            *launch[:-1],
+            *launch.tables,
             heads,
             rows,
             x.k.shape[2],
@@ -149,7 +153,7 @@ def column_gradients(x: Operands, grouping: Grouping, up: Upstream, *, sums: boo
             *up,
             *result,
             *(Strides.of(x.k if t is None else t) for t in (x.q, x.k, v, up.d_out, result.dk, result.dv)),
-            *launch[:-2],
+            *launch.tables[:-1],
             order,  # of the query heads: order[start[h] : start[h + 1]] read key head h
             start,
             heads,

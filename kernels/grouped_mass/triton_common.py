@@ -7,6 +7,9 @@ Helpers that work on a tile take the axis on which it holds its rows, 0 or 1: th
 and values works on transposed tiles.
 """
 
+# Triton types compile-time values as constexpr and ranges as opaque; Python passes plain ones
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
 from typing import Any, NamedTuple
 
 import torch
@@ -110,6 +113,10 @@ class Launch(NamedTuple):
     row_sel: Tensor
     kv_head_of: Tensor
     settings: dict[str, Any]
+
+    @property
+    def tables(self) -> tuple[Any, ...]:
+        return self[:-1]
 
 
 def prepare(x: Operands, grouping: Grouping, tiles: Tiles, *, row_spans: bool = False) -> Launch:

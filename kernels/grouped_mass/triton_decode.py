@@ -4,6 +4,9 @@ A row tile alone would leave most of a GPU idle. So each program takes some rows
 second kernel combines the parts of each row and applies the rule (FlashDecoding, Dao et al. 2023, with groups).
 """
 
+# Triton types compile-time values as constexpr and ranges as opaque; Python passes plain ones
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
 import torch
 import triton
 import triton.language as tl
@@ -71,7 +74,7 @@ def decode(x: Operands, grouping: Grouping, form: ClosedForm) -> Result:
             Strides.of(x.q),
             Strides.of(x.k),
             Strides.of(x.v),
-            *launch[:-1],
+            *launch.tables,
             form.terms,
             heads,
             rows,

@@ -7,6 +7,9 @@ multiply the weights on the way and need one accumulator.
 The online softmax is that of FlashAttention (Dao et al. 2022); the slots are ours.
 """
 
+# Triton types compile-time values as constexpr and ranges as opaque; Python passes plain ones
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
 from typing import Any, NamedTuple
 
 import torch
@@ -113,10 +116,10 @@ def _redistribution(rule: Redistribution) -> ClosedForm | None:
     sets = (rule.target, rule.source, rule.watched, rule.needed or rule.source)
     if any(len(set(groups)) < len(groups) for groups in sets):  # the definition counts a repeated group twice
         return None
-    masks = [sum(1 << group for group in groups) for groups in sets]
-    slots = 2 if masks[0] | masks[1] == (1 << rule.groups) - 1 else 3
+    first, second, watched, needed = (sum(1 << group for group in groups) for groups in sets)
+    slots = 2 if first | second == (1 << rule.groups) - 1 else 3
     numbers = (float(rule.taken), float(rule.watched_min), float(rule.target_share))
-    return ClosedForm(REDISTRIBUTION.value, slots, Terms(None, 0, *masks, *numbers))
+    return ClosedForm(REDISTRIBUTION.value, slots, Terms(None, 0, first, second, watched, needed, *numbers))
 
 
 class Result(NamedTuple):
@@ -158,7 +161,7 @@ def forward(x: Operands, grouping: Grouping, form: ClosedForm) -> Result:
             Strides.of(x.k),
             Strides.of(x.k if x.v is None else x.v),
             Strides.of(x.q if result.out is None else result.out),
-            *launch[:-1],
+            *launch.tables,
             form.terms,
             heads,
             rows,
