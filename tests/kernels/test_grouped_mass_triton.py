@@ -258,14 +258,13 @@ def test_packed_documents_and_permuted_positions():
     assert_right(given, ("q", "k", "v"))
 
 
-HIDDEN_TILES = {
+KEYS = torch.arange(48)[None]
+HIDDEN_TILES = {  # rows, keys that none of them sees, why
     "later": (48, slice(32, 48), {}),
-    "of other documents": (
-        16,
-        slice(0, 32),
-        {"q_doc": torch.ones(1, 16).long(), "k_doc": torch.arange(48)[None] // 32},
-    ),
-    "padding": (16, slice(0, 16), {"key_valid": torch.arange(48)[None] >= 16}),
+    "later by position": (16, slice(16, 48), {"q_pos": KEYS[:, :16], "k_pos": KEYS}),
+    "of earlier documents": (16, slice(0, 32), {"q_doc": KEYS[:, :16] * 0 + 1, "k_doc": KEYS // 32}),
+    "of later documents": (16, slice(32, 48), {"q_doc": KEYS[:, :16] * 0, "k_doc": KEYS // 32, "causal": False}),
+    "padding": (16, slice(0, 16), {"key_valid": KEYS >= 16}),
 }
 
 
