@@ -186,8 +186,3 @@ def linear_attention_step(
         impl="reference",
     )
     return out.squeeze(2), state
-
-
-def explain(call: Call) -> dispatch.Choice:
-    """Which implementation ``impl="auto"`` takes for a call, and why not the others."""
-    return dispatch.explain(NAME, IMPLEMENTATIONS, call)
