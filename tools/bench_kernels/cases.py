@@ -192,7 +192,11 @@ def windows(batch: int, side: int, heads: int, window: int, device: torch.device
 def scans(batch: int, heads: int, length: int, device: torch.device, dtype: torch.dtype) -> Case:
     q, k, v = torch.randn(3, batch, heads, length, 128, device=device, dtype=dtype)
     decay = -torch.arange(1, heads + 1, device=device, dtype=torch.float32) / heads / 8
-    call = lambda impl: (linear.linear_attention(q, k, v, log_decay=decay, impl=impl, validate=False),)  # noqa: E731
+
+    def call(impl: str) -> tuple[Tensor, ...]:
+        out, *_ = linear.linear_attention(q, k, v, log_decay=decay, output_state=True, impl=impl, validate=False)
+        return (out,)  # type: ignore[return-value]
+
     names = [n for n in chosen(device, linear, length) if n != "reference"]  # token by token
     peers: Peers = {"(sdpa, causal)": lambda: (sdpa(q, k, v, is_causal=True),)}
     peers |= {impl: (lambda impl=impl: call(impl)) for impl in names}
