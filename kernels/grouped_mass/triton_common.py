@@ -35,6 +35,16 @@ ONE_SLOT = {
     256: (Tiles(64, 32, 8, 2), Tiles(16, 32, 8, 1)),
 }
 MORE_SLOTS = {
+    64: (Tiles(128, 32, 8, 2), Tiles(32, 32, 8, 2)),
+    128: (Tiles(64, 32, 8, 2), Tiles(16, 32, 8, 1)),
+    256: (Tiles(32, 32, 8, 2), Tiles(16, 32, 8, 1)),
+}
+DECODING = {  # rows: of all heads that a program may take
+    64: (Tiles(32, 64, 8, 2), Tiles(16, 32, 8, 2)),
+    128: (Tiles(32, 64, 8, 2), Tiles(16, 32, 8, 1)),
+    256: (Tiles(16, 32, 8, 2), Tiles(16, 32, 8, 1)),
+}
+SECOND_PASS = {
     64: (Tiles(128, 64, 8, 2), Tiles(32, 32, 8, 2)),
     128: (Tiles(64, 64, 8, 2), Tiles(16, 32, 8, 1)),
     256: (Tiles(32, 32, 8, 2), Tiles(16, 32, 8, 1)),

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from vlm.kernels.grouped_mass.reference import Grouping
 from vlm.kernels.grouped_mass.triton_common import (
-    MORE_SLOTS,
+    DECODING,
     Strides,
     at_head,
     prepare,
@@ -27,12 +27,11 @@ from vlm.kernels.tile import LOG2E, on_device, row_codes
 from vlm.kernels.visibility import Operands
 
 MOST_ROWS = 16  # of a call that counts as decoding
-STACKED = 64  # rows of all heads that one program takes, at most
 WANTED = 256  # programs that fill a GPU: about two for each multiprocessor
 FEWEST_TILES = 2  # key tiles worth a program of their own
 
 
-def heads_together(x: Operands, grouping: Grouping, form: ClosedForm) -> int:
+def heads_together(x: Operands, grouping: Grouping, form: ClosedForm, most_rows: int) -> int:
     """Query heads that share a key head and may share a program, so that keys are read once for all of them.
 
     One where a table differs by head, or where the heads of a key head need not follow each other.
@@ -43,15 +42,16 @@ def heads_together(x: Operands, grouping: Grouping, form: ClosedForm) -> int:
     if x.kv_head_of is not None or differ or grouping.gamma is not None or grouping.beta is not None:
         return 1
     ratio = heads // kv_heads
-    return max((n for n in range(1, ratio + 1) if ratio % n == 0 and n * rows <= STACKED), default=1)
+    return max((n for n in range(1, ratio + 1) if ratio % n == 0 and n * rows <= most_rows), default=1)
 
 
 def decode(x: Operands, grouping: Grouping, form: ClosedForm) -> Result:
     """What :func:`~vlm.kernels.grouped_mass.triton_forward.forward` gives, for values and a few rows."""
     assert x.v is not None
     batch, heads, rows, _ = x.q.shape
-    together = heads_together(x, grouping, form)
-    sizes = sizes_for(MORE_SLOTS, x)._replace(rows=max(16, triton.next_power_of_2(together * rows)), warps=4)
+    sizes = sizes_for(DECODING, x)
+    together = heads_together(x, grouping, form, sizes.rows)
+    sizes = sizes._replace(rows=max(16, triton.next_power_of_2(together * rows)))
     blocks = batch * heads // together
     key_tiles = triton.cdiv(x.k.shape[2], sizes.keys)
     splits = max(1, min(triton.cdiv(WANTED, max(1, blocks)), triton.cdiv(key_tiles, FEWEST_TILES)))

@@ -316,21 +316,33 @@ def absorb(
 
 @triton.jit
 def accumulate(p, shrink, v_tile, group, present, terms, acc0, acc1, acc2, SLOTS: tl.constexpr, ACC: tl.constexpr):
-    """p v added to the slots of the groups that are present."""
+    """p v added to the slots of the groups that are present.
+
+    One product stands outside every branch: only for such a one values are fetched ahead.
+    """
     acc0 = acc0 * shrink[:, None]
     if SLOTS == 1:
         acc0 += dot(p.to(v_tile.dtype), v_tile, ACC)
     else:
         acc1 = acc1 * shrink[:, None]
-        if (present & terms.first) != 0:
-            acc0 += dot(within(p, terms.first, group).to(v_tile.dtype), v_tile, ACC)
-        if (present & terms.second) != 0:
-            acc1 += dot(within(p, terms.second, group).to(v_tile.dtype), v_tile, ACC)
+        first, second = present & terms.first, present & terms.second
+        rest = present & ~(terms.first | terms.second)
+        main = tl.where(first != 0, first, tl.where(second != 0, second, rest))
+        value = dot(within(p, main, group).to(v_tile.dtype), v_tile, ACC)
         if SLOTS == 3:
             acc2 = acc2 * shrink[:, None]
-            rest = ~(terms.first | terms.second)
-            if (present & rest) != 0:
-                acc2 += dot(within(p, rest, group).to(v_tile.dtype), v_tile, ACC)
+            if rest != 0:
+                if main == rest:
+                    acc2 += value
+                else:
+                    acc2 += dot(within(p, rest, group).to(v_tile.dtype), v_tile, ACC)
+        if second != 0:
+            if main == second:
+                acc1 += value
+            else:
+                acc1 += dot(within(p, second, group).to(v_tile.dtype), v_tile, ACC)
+        if first != 0:
+            acc0 += value
     return acc0, acc1, acc2
 
 

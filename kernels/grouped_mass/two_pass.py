@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vlm.kernels.grouped_mass.reference import Grouping
 from vlm.kernels.grouped_mass.triton_common import (
-    MORE_SLOTS,
+    SECOND_PASS,
     Strides,
     at_head,
     by_group,
@@ -43,7 +43,7 @@ def second_pass(
     assert x.v is not None
     batch, heads, rows, _ = x.q.shape
     out = new_output(x)
-    sizes = sizes_for(MORE_SLOTS, x)
+    sizes = sizes_for(SECOND_PASS, x)
     with on_device(x.q):
         launch = prepare(x, grouping, sizes)
         second_pass_kernel[(triton.cdiv(rows, sizes.rows) * batch * heads,)](
