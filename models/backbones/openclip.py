@@ -11,7 +11,7 @@ from vlm.models.errors import ModelError
 
 
 class OpenClip(nn.Module):
-    """An image tower of the open_clip library (``pip install vlm-recipes[openclip]``), by its name there.
+    """An image tower of the open_clip library, by its name there.
 
     Args:
         name: open_clip model name, such as ``ViT-B-32``.
@@ -25,10 +25,8 @@ class OpenClip(nn.Module):
 
     def __init__(self, name: str, pretrained: str | None = None, layer: int = -2) -> None:
         super().__init__()
-        try:
-            import open_clip
-        except ImportError:
-            raise ModelError("model.vision: openclip needs open_clip_torch; install vlm-recipes[openclip]") from None
+        import open_clip  # here, because importing it takes a second that `vlm methods` need not wait
+
         try:
             model: Any = open_clip.create_model(name, pretrained=pretrained)
         except (RuntimeError, ValueError, OSError) as error:

@@ -1,12 +1,12 @@
 """The OpenCLIP encoder against the tower's own blocks."""
 
+import open_clip
 import pytest
 import torch
 
 from vlm.models.backbones.openclip import OpenClip
 from vlm.models.errors import ModelError
 
-open_clip = pytest.importorskip("open_clip")
 SMALL = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 32, "layers": 3, "width": 64, "patch_size": 8, "head_width": 32},

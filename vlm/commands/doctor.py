@@ -17,7 +17,7 @@ _PACKAGES = {
     "fsspec": "addresses of shards",
     "pydantic": "recipes",
     "deepspeed": "optional: ZeRO",
-    "open_clip_torch": "optional: OpenCLIP encoders",
+    "open_clip_torch": "vision encoders",
     "triton": "optional: fast kernels on a GPU",
 }
 
