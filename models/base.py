@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from vlm.models.program.attach import Engine
-from vlm.models.program.layout import Layout, Side
-from vlm.models.program.program import Decoder
+from vlm.models.program.layout import Layout, Side, compact
 from vlm.models.program.run import Run
+from vlm.models.program.signals import Facts, Vision
 
 
 class Output(NamedTuple):
@@ -54,13 +54,18 @@ class BaseVlm(nn.Module):
 
     @property
     def refuses(self) -> Mapping[str, str]:
-        """What no program may do to this model, and why; see :class:`~vlm.models.program.program.Decoder`."""
+        """What no program may do to this model, and why; see :class:`~vlm.models.program.signals.Facts`."""
         return {}
 
     @property
-    def decoder_facts(self) -> Decoder:
+    def facts(self) -> Facts:
         config: Any = self.decoder.config
-        return Decoder(config.num_hidden_layers, config.hidden_size, self.refuses)
+        return Facts(config.num_hidden_layers, config.hidden_size, self.refuses, self.vision_facts)
+
+    @property
+    def vision_facts(self) -> Vision | None:
+        """What methods may know of the vision encoder; None where programs cannot see it."""
+        return None
 
     def visual_counts(self, inputs: Any) -> Int[Tensor, " batch"]:
         """Visual tokens of each row before any cut."""
@@ -69,6 +74,7 @@ class BaseVlm(nn.Module):
     def forward(self, inputs: Any, weights: Float[Tensor, "batch length"] | None = None) -> Output:
         """One pass; ``weights[b, t]`` is the loss weight of predicting ``tokens[b, t]``, none by default."""
         embeds, run = self._enter(inputs, side=None)
+        run.asks = None if weights is None else _asks(weights)
         hidden = self._decode(embeds, run, None)
         loss, weight = self._loss(hidden, run.last, inputs.tokens, weights)
         return Output(loss, weight, hidden, run.last)
@@ -78,13 +84,18 @@ class BaseVlm(nn.Module):
         embeds, run = self._enter(inputs, side="left")  # left padding: every row ends at the last place
         cache = DynamicCache(config=self.decoder.config)
         hidden = self._decode(embeds, run, cache)
+        if self.engine is not None:
+            self.engine.close_pass(run, cache)
         return self.logits(hidden[:, -1]), Stream(cache, run)
 
     def step(self, stream: Stream, tokens: Int[Tensor, " batch"]) -> Float[Tensor, "batch vocab"]:
         """Append one token to each row of ``stream``; returns the logits of the next token."""
         stream.run.append()
         embeds = self.decoder.get_input_embeddings()(tokens[:, None])
-        return self.logits(self._decode(embeds, stream.run, stream.cache)[:, -1])
+        hidden = self._decode(embeds, stream.run, stream.cache)
+        if self.engine is not None:
+            self.engine.close_pass(stream.run, stream.cache)
+        return self.logits(hidden[:, -1])
 
     def logits(self, hidden: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows vocab"]:
         """The language model's head."""
@@ -114,6 +125,8 @@ class BaseVlm(nn.Module):
     def _mask(self, embeds: Tensor, run: Run, cache: DynamicCache | None) -> Any:
         """What the decoder takes as its attention mask. Always given: without one Transformers reads jumps of
         position ids as packed samples."""
+        if 0 in run.held:  # each layer gets its own
+            return torch.ones(len(embeds), run.held[0].place.shape[2], dtype=torch.long, device=embeds.device)
         return run.layouts[0].valid.long()
 
     def _loss(
@@ -132,6 +145,14 @@ class BaseVlm(nn.Module):
         logits = self.logits(hidden[:, :-1][chosen]).float()  # [supervised, vocab]
         each = nn.functional.cross_entropy(logits, target[chosen], reduction="none")
         return (each * weight[chosen]).sum(), weight.sum()
+
+
+def _asks(weights: Float[Tensor, "batch length"]) -> Int[Tensor, "batch asks"]:
+    """The places before each supervised span, -1 where unused: their rows ask for an answer."""
+    supervised = weights > 0
+    before = torch.nn.functional.pad(supervised[:, 1:] & ~supervised[:, :-1], (0, 1))
+    index, real = compact(before, "right")
+    return index.masked_fill(~real, -1)
 
 
 def pixel_seed(images: Float[Tensor, "images *pixels"]) -> Int[Tensor, " images"]:

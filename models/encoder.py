@@ -1,9 +1,11 @@
 """What a vision encoder hands over, and the adapter that makes any timm model one."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vlm.models.errors import ModelError
@@ -27,11 +29,22 @@ class Features(NamedTuple):
 
 
 class Encoder(Protocol):
-    """A vision backbone: pixels to a grid of features."""
+    """A vision backbone: pixels to a grid of features.
+
+    For programs: blocks are its attention blocks that run, in order (none where it has none), of ``depth`` as
+    published; output is the number of the block whose features are handed over. prefix: tokens before the patches
+    (class token, registers). cuts: why tokens cannot go between blocks, empty when they can.
+    """
 
     dim: int
     image: ImageSpec
     grid: tuple[int, int]
+    blocks: Sequence[nn.Module]
+    depth: int
+    output: int
+    prefix: int
+    class_token: bool
+    cuts: str
 
     def __call__(self, images: Float[Tensor, "images 3 height width"]) -> Features: ...
 
@@ -50,11 +63,22 @@ class TimmEncoder(nn.Module):
             name = type(model).__name__
             raise ModelError(f"model.vision: {name} has feature layers {-depth}..{depth - 1}; found layer {layer}")
         self.norm = layer in (-1, depth - 1)
+        self.depth, self.output = depth, layer % depth
         if hasattr(model, "prune_intermediate_layers"):
             model.prune_intermediate_layers([layer], prune_norm=not self.norm, prune_head=True)
             layer = -1
         self.model, self.layer, self.image = model, layer, image
+        self.prefix: int = getattr(model, "num_prefix_tokens", 0)
+        self.class_token = getattr(model, "cls_token", None) is not None
+        # Only a plain transformer has one list of blocks whose tokens need nothing besides themselves.
+        self.plain = isinstance(model, VisionTransformer)
+        self.cuts = "" if self.plain else f"{type(model).__name__} is not a plain vision transformer"
         self.dim, self.grid = self._probe()
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        found = getattr(self.model, "blocks", ())
+        return list(found) if self.prefix or self.plain else ()
 
     def _probe(self) -> tuple[int, tuple[int, int]]:
         """Width and grid for images of the declared size, from one pass without weights or gradient."""
@@ -66,9 +90,13 @@ class TimmEncoder(nn.Module):
         return features.tokens.shape[2], features.grid
 
     def forward(self, images: Float[Tensor, "images 3 height width"]) -> Features:
-        kinds = {"return_prefix_tokens": True} if getattr(self.model, "num_prefix_tokens", 0) else {}
+        kinds: dict[str, Any] = {"return_prefix_tokens": True} if self.prefix else {}
+        form = "NLC" if self.plain else "NCHW"  # a list of tokens may be shorter than the grid
         found = self.model.forward_intermediates(  # type: ignore[operator]
-            images, indices=[self.layer], norm=self.norm, output_fmt="NCHW", intermediates_only=True, **kinds
+            images, indices=[self.layer], norm=self.norm, output_fmt=form, intermediates_only=True, **kinds
         )[-1]
-        grid, prefix = found if kinds else (found, None)  # [N,V,h,w]
-        return Features(grid.flatten(2).transpose(1, 2), (grid.shape[2], grid.shape[3]), prefix)
+        tokens, prefix = found if kinds else (found, None)
+        if self.plain:
+            return Features(tokens, self.model.patch_embed.dynamic_feat_size(images.shape[2:]), prefix)
+        grid = tokens.shape[2], tokens.shape[3]  # [N,V,h,w]
+        return Features(tokens.flatten(2).transpose(1, 2), grid, prefix)

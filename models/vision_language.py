@@ -12,6 +12,7 @@ from vlm.models.base import BaseVlm, pixel_seed
 from vlm.models.errors import ModelError
 from vlm.models.program.layout import Side, compact
 from vlm.models.program.run import Run
+from vlm.models.program.signals import Vision
 from vlm.models.splice import IMAGE_TOKEN, Visual, check_placeholders, splice
 
 
@@ -63,21 +64,28 @@ class VisionLanguageModel(BaseVlm):
     def visual_counts(self, inputs: Inputs) -> Int[Tensor, " batch"]:
         return self.visual_tokens * torch.bincount(inputs.owner, minlength=len(inputs.tokens))
 
+    @property
+    def vision_facts(self) -> Vision:
+        encoder = self.vision
+        blind = "" if encoder.blocks else f"{type(encoder).__name__} has no attention blocks"
+        return Vision(encoder.depth, len(encoder.blocks), encoder.output, encoder.class_token, encoder.cuts, blind)
+
     def encode(self, inputs: Inputs) -> Visual:
-        """Encode, prune at ``vit.out`` and project the images of a batch."""
-        found = self.vision(inputs.images)  # tokens [N,P,V]
-        if self.engine is None or self.engine.feature_cut is None:
+        """Encode, prune and project the images of a batch."""
+        engine = None if self.engine is None else self.engine.vision
+        if engine is None or not engine.acts:
+            found = self.vision(inputs.images)  # tokens [N,P,V]
             return Visual(self.connector(found.tokens, found.grid), self.visual_grid, inputs.owner)
-        if self.visual_grid != found.grid:
-            raise ModelError(
-                f"vit.out: the connector folds {found.grid} to {self.visual_grid}; prune at llm.in instead"
-            )
-        kept = self.engine.choose_features(found.tokens, pixel_seed(inputs.images))
-        if kept is None:
+        if self.visual_grid != self.vision.grid:
+            folded = f"{self.vision.grid} to {self.visual_grid}"
+            raise ModelError(f"vit.out: the connector folds {folded}; prune at llm.in instead")
+        engine.begin(len(inputs.images), pixel_seed(inputs.images))
+        found = self.vision(inputs.images)
+        cut = engine.finish(found.tokens)
+        if cut is None:
             return Visual(self.connector(found.tokens, found.grid), self.visual_grid, inputs.owner)
-        index, valid = compact(kept, "right")  # [N,K]
-        features = found.tokens.gather(1, index[..., None].expand(-1, -1, found.tokens.shape[2]))
-        return Visual(self.connector(features, found.grid), self.visual_grid, inputs.owner, index, valid)
+        features = cut.features.to(found.tokens.dtype)
+        return Visual(self.connector(features, found.grid), self.visual_grid, inputs.owner, cut.place, cut.valid)
 
     def _enter(self, inputs: Inputs, side: Side | None) -> tuple[Tensor, Run]:
         side = side or "right"

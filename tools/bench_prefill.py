@@ -105,14 +105,14 @@ def timed(model: VisionLanguageModel, inputs: Inputs, program: Program) -> tuple
         _, stream = model.prefill(inputs)
         synchronize()
         seconds = time.perf_counter() - start
-    return seconds, stream.run.visual_tokens(model.decoder_facts.layers)
+    return seconds, stream.run.visual_tokens(model.facts.layers)
 
 
 def measure(model: VisionLanguageModel, inputs: Inputs, budgets: list[str], repeats: int) -> list[Row]:
     programs: dict[tuple[str, str], Program] = {("none", "100%"): ()}
     for keep in budgets:
         for name, method in METHODS.items():
-            programs[name, keep] = method(keep=Budget.parse(keep)).program(model.decoder_facts)
+            programs[name, keep] = method(keep=Budget.parse(keep)).program(model.facts)
     rows = {}
     for setting, program in programs.items():  # the first pass warms up and tells the counts
         tokens = timed(model, inputs, program)[1]

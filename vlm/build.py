@@ -11,7 +11,8 @@ from vlm.create import create
 from vlm.data.chat import TEMPLATES, ChatEncoder
 from vlm.data.images import ImageTransform
 from vlm.models.language import build_language, load_language, load_tokenizer
-from vlm.models.program.program import Decoder, Program
+from vlm.models.program.program import Program
+from vlm.models.program.signals import Facts
 from vlm.models.splice import IMAGE_TOKEN
 from vlm.models.vision_language import VisionLanguageModel
 from vlm.recipe import Recipe, RecipeError
@@ -72,11 +73,11 @@ def build_encoder(
     return ChatEncoder(tokenizer, TEMPLATES[name], IMAGE_TOKEN, transform, recipe.model.max_tokens, drop_image)
 
 
-def program_of(row: Comparison, decoder: Decoder) -> Program:
+def program_of(row: Comparison, facts: Facts) -> Program:
     """The program of one row of a comparison: its pruner, then its mitigators."""
     methods: list[Any] = [create("prune", row.prune)] if row.prune else []
     methods += [create("mitigate", method) for method in row.mitigate]
-    return tuple(pair for method in methods for pair in method.program(decoder))
+    return tuple(pair for method in methods for pair in method.program(facts))
 
 
 def make_data(recipe: Recipe, progress: Any = None) -> Path | None:

@@ -21,5 +21,5 @@ def generate(recipe: Recipe, image: Path, prompt: str, max_new_tokens: int = 64)
     model.to(device()).eval()
     asker = Asker(model, tokenizer, build_encoder(recipe, model, tokenizer), lambda key: Path(key).read_bytes(), 1)
     asked = Prompt(str(image), prompt, max_new_tokens)
-    with attach(model, program_of(Comparison(prune=recipe.prune, mitigate=recipe.mitigate), model.decoder_facts)):
+    with attach(model, program_of(Comparison(prune=recipe.prune, mitigate=recipe.mitigate), model.facts)):
         return asker([asked], lambda count: None)[asked]

@@ -9,7 +9,8 @@ from vlm.data.index import load_manifest
 from vlm.data.stream import legal_worlds
 from vlm.evaluation.cost import layer_flops
 from vlm.models.program.attach import check
-from vlm.models.program.program import Decoder, Program, Select
+from vlm.models.program.program import Program, Select
+from vlm.models.program.signals import Facts
 from vlm.models.vision_language import VisionLanguageModel
 from vlm.recipe import Recipe, RecipeError
 from vlm.recipe.schema import Comparison
@@ -18,10 +19,10 @@ from vlm.training.module import PARTS
 TEXT_TOKENS = 64  # a typical prompt, for the FLOPs of a row
 
 
-def programs_of(recipe: Recipe, decoder: Decoder) -> dict[str, Program]:
+def programs_of(recipe: Recipe, facts: Facts) -> dict[str, Program]:
     """Every program that the recipe will attach, by the title of its row."""
     rows = (Comparison(prune=recipe.prune, mitigate=recipe.mitigate, label="the recipe's own"), *recipe.comparisons)
-    return {row.title: program_of(row, decoder) for row in rows}
+    return {row.title: program_of(row, facts) for row in rows}
 
 
 def plan(recipe: Recipe) -> str:
@@ -98,19 +99,19 @@ def _parts(recipe: Recipe, model: VisionLanguageModel) -> list[str]:
 
 def _programs(recipe: Recipe, model: VisionLanguageModel) -> list[str]:
     """Visual tokens per image before and after each program, and the FLOPs of its prefill against plain."""
-    decoder, config = model.decoder_facts, model.language.config
+    facts, config = model.facts, model.language.config
     full = model.visual_tokens
     mlp = config.intermediate_size  # type: ignore[union-attr]
 
     def flops(per_layer: Sequence[int]) -> float:
-        return sum(layer_flops(n + TEXT_TOKENS, decoder.width, mlp) for n in per_layer)
+        return sum(layer_flops(n + TEXT_TOKENS, facts.width, mlp) for n in per_layer)
 
     rows = [("program", "visual tokens per image, by layer", "average", "prefill FLOPs vs plain")]
-    for title, program in programs_of(recipe, decoder).items():
-        check(program, decoder)
-        per_layer = tokens_by_layer(program, full, decoder.layers)
-        ratio = flops(per_layer) / flops([full] * decoder.layers)
-        average = sum(per_layer) / decoder.layers
+    for title, program in programs_of(recipe, facts).items():
+        check(program, facts)
+        per_layer = tokens_by_layer(program, full, facts.layers)
+        ratio = flops(per_layer) / flops([full] * facts.layers)
+        average = sum(per_layer) / facts.layers
         rows.append((title, " ".join(map(str, per_layer)), f"{average:.1f}", f"{ratio:.2f}"))
     return [*table(rows), f"Per image {full} visual tokens before any cut; FLOPs with {TEXT_TOKENS} text tokens."]
 

@@ -68,8 +68,8 @@ def _train_and_evaluate(recipe: Recipe, folder: Path, parts: Sequence[str]) -> N
         torch.set_num_threads(recipe.run.threads)
     tokenizer = build_tokenizer(recipe)
     model = build_model(recipe, tokenizer)
-    for program in programs_of(recipe, model.decoder_facts).values():
-        check(program, model.decoder_facts)  # a program that does not fit is refused before hours of training
+    for program in programs_of(recipe, model.facts).values():
+        check(program, model.facts)  # a program that does not fit is refused before hours of training
     if "train" in parts:
         train(recipe, model, tokenizer)
     if "evaluate" in parts and is_first_rank():

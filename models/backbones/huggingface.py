@@ -1,5 +1,6 @@
 """A vision transformer of Transformers as the encoder: ``vision: {use: huggingface, name: facebook/dinov2-base}``."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -48,17 +49,34 @@ class HuggingFace(nn.Module):
         self.image = ImageSpec(side, tuple(processor.image_mean), tuple(processor.image_std), names)
         self.grid = (side // patch, side // patch)
         self.dim: int = config.hidden_size
+        self.depth, self.output = depth, layer % depth
+        self.prefix = self._prefix()
+        self.class_token = self.prefix > 0
+        rotary = any(hasattr(module, "inv_freq") for module in self.model.modules())
+        self.cuts = f"{config.model_type} gives its blocks rotary positions" if rotary else ""
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        lists = (m for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == self.depth)
+        return list(next(lists, ()))
+
+    def _prefix(self) -> int:
+        """Tokens before the patches (class token and registers), from one pass without gradient."""
+        device, side = next(self.model.parameters()).device, self.image.size
+        with torch.no_grad():
+            found = self.model(torch.zeros(1, 3, side, side, device=device)).last_hidden_state
+        return found.shape[1] - self.grid[0] * self.grid[1]
 
     def forward(self, images: Float[Tensor, "images 3 height width"]) -> Features:
+        if self.prefix < 0 or images.shape[2:] != torch.Size([self.image.size] * 2):
+            raise ModelError(
+                f"model.vision: expected pixels of side {self.image.size}; found {tuple(images.shape[2:])}"
+            )
         if self.layer == -1:
             hidden = self.model(images).last_hidden_state
         else:
             # entry 0 is what enters the first block
             place = self.layer + 1 if self.layer >= 0 else self.layer
             hidden = self.model(images, output_hidden_states=True).hidden_states[place]
-        prefix = hidden.shape[1] - self.grid[0] * self.grid[1]  # CLS and registers stand first
-        if prefix < 0 or images.shape[2:] != torch.Size([self.image.size] * 2):
-            raise ModelError(
-                f"model.vision: expected pixels of side {self.image.size}; found {tuple(images.shape[2:])}"
-            )
-        return Features(hidden[:, prefix:], self.grid, hidden[:, :prefix] if prefix else None)
+        prefix = hidden[:, : self.prefix] if self.prefix else None
+        return Features(hidden[:, self.prefix :], self.grid, prefix)

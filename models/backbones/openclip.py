@@ -1,9 +1,11 @@
 """The image tower of an OpenCLIP model as the encoder: ``vision: {use: openclip, name: ViT-B-32, layer: -2}``."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vlm.models.encoder import Features, ImageSpec
@@ -38,6 +40,16 @@ class OpenClip(nn.Module):
         self.model, self.layer = tower, layer
         self.image = ImageSpec(side, tuple(spec["mean"]), tuple(spec["std"]), spec["interpolation"])
         self.dim, self.grid = self._probe(name)
+        self.depth = len(self.blocks)
+        self.output = self.layer % self.depth if self.depth else 0
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        tower: Any = getattr(self.model, "trunk", None)  # a tower of timm in OpenCLIP's clothes
+        if tower is not None:
+            return list(tower.blocks) if isinstance(tower, VisionTransformer) else ()
+        transformer = getattr(self.model, "transformer", None)
+        return list(transformer.resblocks) if transformer is not None else ()
 
     def _probe(self, name: str) -> tuple[int, tuple[int, int]]:
         """Width and grid for images of the declared size, from one pass without gradient."""
@@ -49,6 +61,9 @@ class OpenClip(nn.Module):
         except (AssertionError, IndexError) as error:
             raise ModelError(f"model.vision: {name!r} has no layer {self.layer}: {error}") from None
         self.model.train(training)
+        self.prefix = 0 if features.prefix is None else features.prefix.shape[1]
+        self.class_token = self.prefix > 0
+        self.cuts = "OpenCLIP hands its features over as a grid"
         return features.tokens.shape[2], features.grid
 
     def forward(self, images: Float[Tensor, "images 3 height width"]) -> Features:

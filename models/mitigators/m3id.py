@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vlm.models.program.program import LOGITS, Decoder, Program, Rewrite
+from vlm.models.program.program import LOGITS, Program, Rewrite
+from vlm.models.program.signals import Facts
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class M3id:
     t0: int = 0
     max_weight: float = 50.0
 
-    def program(self, decoder: Decoder) -> Program:
+    def program(self, facts: Facts) -> Program:
         neutral = self.decay == 0 or self.tau == 0
         return () if neutral else ((LOGITS, Rewrite(("no_image",), self.logits)),)
 

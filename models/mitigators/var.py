@@ -9,7 +9,8 @@ from torch import Tensor
 
 from vlm.kernels.grouped_mass.rules import TEXT, TEXT_SINK, VISUAL, VISUAL_SINK, Redistribution, visual_redistribution
 from vlm.models.errors import ModelError
-from vlm.models.program.program import Decoder, Keys, Peak, Program, Regroup, attn
+from vlm.models.program.program import Keys, Program, Regroup, attn
+from vlm.models.program.signals import Facts, Peak
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,12 @@ class Var:
     semantics: Literal["paper", "code"] = "paper"
     skip_last: bool = True
 
-    def program(self, decoder: Decoder) -> Program:
-        if foreign := [d for d in self.dims if not 0 <= d < decoder.width]:
-            raise ModelError(f"var.dims: the language model has dimensions 0..{decoder.width - 1}; found {foreign[0]}")
+    def program(self, facts: Facts) -> Program:
+        if foreign := [d for d in self.dims if not 0 <= d < facts.width]:
+            raise ModelError(f"var.dims: the language model has dimensions 0..{facts.width - 1}; found {foreign[0]}")
         moved = self.taken if self.semantics == "paper" else 1 - self.taken
         rule = visual_redistribution(moved, self.rho, self.image_min)
-        layers = range(2, decoder.layers - self.skip_last)
+        layers = range(2, facts.layers - self.skip_last)
         return tuple((attn(layer), self._regroup(Peak(layer, self.dims), rule)) for layer in layers if moved > 0)
 
     def _regroup(self, peak: Peak, rule: Redistribution) -> Regroup:

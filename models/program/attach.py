@@ -18,34 +18,45 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from vlm.kernels.grouped_mass import grouped_mass_attention
-from vlm.kernels.received import received_attention
 from vlm.kernels.visibility import Common
 from vlm.models.errors import ModelError
+from vlm.models.program.cache import (
+    Entries,
+    Evict,
+    EvictStep,
+    ReadStep,
+    gather_entries,
+    held_whole,
+    pick,
+    shorten,
+)
 from vlm.models.program.layout import Layout, compact
 from vlm.models.program.program import (
     LLM_IN,
     VIT_OUT,
     Keys,
-    Peak,
     Program,
-    Received,
     Regroup,
     Rewrite,
     Select,
-    Signal,
     Tap,
+    Text,
     Tokens,
     check,
-    signals_of,
+    in_encoder,
+    needs_of,
 )
-from vlm.models.program.run import Run
+from vlm.models.program.run import Kept, Run
+from vlm.models.program.segments import rows_at
+from vlm.models.program.signals import Attention, Signal
+from vlm.models.program.vision import VisionEngine
 
 ATTENTION = "vlm_program"
 RUN = "vlm_run"
@@ -55,51 +66,56 @@ _ENGINES: "weakref.WeakKeyDictionary[nn.Module, Engine]" = weakref.WeakKeyDictio
 class Engine:
     """A program lowered onto one decoder: what the hooks and the model call. Made by :func:`attach`."""
 
-    def __init__(self, decoder: Any, program: Program, impl: str = "auto") -> None:
-        self.decoder = decoder
+    def __init__(self, model: Any, program: Program, impl: str = "auto") -> None:
+        self.decoder = model.decoder
         self.program = program
         self.impl = impl  # of the attention operations
+        layers = len(self.decoder.layers)
         self.rewrites = [op for _, op in program if isinstance(op, Rewrite)]
         self.cuts: dict[int, Select] = {}
         self.regroups: dict[int, list[Regroup]] = {}
         self.taps: dict[int, list[Tap]] = {}
+        self.evict = next((op for _, op in program if isinstance(op, Evict)), None)
+        self.evict_step = next((op for _, op in program if isinstance(op, EvictStep)), None)
+        self.read_step = next((op for _, op in program if isinstance(op, ReadStep)), None)
         for site, op in program:
-            if isinstance(op, Select) and site != VIT_OUT:
+            if isinstance(op, Select) and site != VIT_OUT and not in_encoder(site):
                 self.cuts[0 if site == LLM_IN else site.layer] = op
             elif isinstance(op, Regroup):
                 self.regroups.setdefault(site.layer, []).append(op)
             elif isinstance(op, Tap):
                 self.taps.setdefault(site.layer, []).append(op)
-        self.feature_cut = next((op for site, op in program if site == VIT_OUT and isinstance(op, Select)), None)
-        needs = signals_of(program)
-        self.peaks = {s.layer: [p for p in needs if isinstance(p, Peak) and p.layer == s.layer] for s in needs}
-        self.received = {s.layer: s for s in needs if isinstance(s, Received)}
+        needs = {s for _, op in program for s in needs_of(op, layers) if s.part == "language"}
+        self.states = _by_layer(s for s in needs if s.of_state)
+        self.ahead = _by_layer(s for s in needs if s.ahead_of_layer)
+        self.received = _by_layer(s for s in needs if not s.of_state and not s.ahead_of_layer)
+        # Whoever acts at generated tokens too; the others need their signals of the prompt only.
+        lasting = [op for _, op in program if isinstance(op, Regroup | Tap | EvictStep | ReadStep)]
+        self.lasting = {s for op in lasting for s in needs_of(op, layers)}
+        vision = getattr(model, "vision", None)
+        self.vision = None if vision is None else VisionEngine(vision, program, layers, impl)
 
     @property
     def first_hooked(self) -> int:
         """The first decoder layer whose input must be looked at; the number of layers when there is none."""
-        layers = [k for k in self.cuts if k > 0] + [k for k, peaks in self.peaks.items() if peaks]
-        return min(layers, default=len(self.decoder.layers))
+        layers = [k for k in self.cuts if k > 0] + [*self.states, *self.ahead]
+        return 0 if self.caches else min(layers, default=len(self.decoder.layers))
+
+    @property
+    def caches(self) -> bool:
+        """Whether the program acts on the cache."""
+        return any(op is not None for op in (self.evict, self.evict_step, self.read_step))
 
     @property
     def sees_attention(self) -> bool:
-        return bool(self.received or self.regroups)
+        return bool(self.received or self.ahead or self.regroups or self.caches)
 
     def tag(self, run: Run) -> dict[str, Run]:
         """Keyword arguments that the decoder's forward must carry for ``run``; none if nothing acts inside it."""
         inside = self.sees_attention or self.first_hooked < len(self.decoder.layers)
         return {RUN: run} if inside else {}
 
-    # vit.out and llm.in: called by the model
-
-    def choose_features(
-        self, features: Float[Tensor, "images tokens width"], seed: Int[Tensor, " images"]
-    ) -> Bool[Tensor, "images tokens"] | None:
-        """Which features of each image stay, or None when the program does not cut at ``vit.out``."""
-        if self.feature_cut is None or not len(features):
-            return None
-        valid = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
-        return _choose(self.feature_cut, Tokens(features.detach(), valid, seed, _no_signal), torch.ones_like(seed))
+    # llm.in: called by the model
 
     def enter_language(self, hidden: Float[Tensor, "batch length width"], run: Run) -> Tensor:
         """Apply the cut at ``llm.in``; ``run`` then holds the layout of what goes on."""
@@ -110,65 +126,93 @@ class Engine:
     def enter_layer(self, layer: int, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         run, hidden = _run_of(kwargs), args[0]
         if run.prompt:
+            for signal in self.states.get(layer, ()):
+                with torch.no_grad():
+                    run.put(signal, signal.read_state(hidden.detach(), self.decoder))
+            if layer in self.ahead and layer not in run.kept:
+                self._look_ahead(layer, hidden, kwargs, run)
             if layer > 0 and layer in self.cuts:
                 hidden = self._cut(layer, hidden, run)
-            for signal in self.peaks.get(layer, ()):
-                run.signals[signal] = _peak(hidden.detach(), signal)
+        if not run.prompt and layer in run.held:
+            heads = self.decoder.config.num_attention_heads
+            return (hidden, *args[1:]), kwargs | {"attention_mask": run.held[layer].mask(heads)} | (
+                self._positions(run, layer, hidden) if run.stage(layer) else {}
+            )
         first = run.stage(layer)
         if first == 0:
             return None
-        layout = run.layouts[first]
-        rows = hidden.shape[1]
+        mask = {"attention_mask": run.mask(first, hidden.shape[1])}
+        return (hidden, *args[1:]), kwargs | mask | self._positions(run, layer, hidden)
+
+    def _positions(self, run: Run, layer: int, hidden: Tensor) -> dict[str, Any]:
+        layout, rows = run.layouts[run.stage(layer)], hidden.shape[1]
         rotary = self.decoder.rotary_emb(hidden, position_ids=layout.position_ids(rows))
-        kwargs = kwargs | {
-            "attention_mask": run.mask(first, rows),
-            "position_ids": layout.position[:, -rows:],
-            "position_embeddings": rotary,
-        }
-        return (hidden, *args[1:]), kwargs
+        return {"position_ids": layout.position[:, -rows:], "position_embeddings": rotary}
+
+    def _look_ahead(self, layer: int, hidden: Tensor, kwargs: dict[str, Any], run: Run) -> None:
+        """Read the signals that a cut at ``layer`` wants from the layer's own queries and keys: the layer is run up to
+        its attention, which stops it."""
+        before = run.stage(layer)
+        more = {} if before == 0 else self._positions(run, layer, hidden)
+        probe = {**kwargs, **more, "past_key_values": None, "use_cache": False, PROBE: True}
+        try:
+            with torch.no_grad():
+                self.decoder.layers[layer].forward(hidden.detach(), **probe)
+        except _Stop as stop:
+            seen = self._attention(run, layer, stop.q, stop.k, stop.k, stop.scale)
+            for signal in self.ahead[layer]:
+                run.put(signal, signal.read(seen))
 
     def _cut(self, layer: int, hidden: Tensor, run: Run) -> Tensor:
         """Drop what the cut at ``layer`` drops. Made once: a recomputed layer gets the selection of the first pass."""
         if layer not in run.kept:
             run.kept[layer] = self._make_cut(layer, hidden, run)
-        index = run.kept[layer]
-        return hidden if index is None else hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[2]))
+        kept = run.kept[layer]
+        return hidden if kept is None else kept.apply(hidden)
 
-    def _make_cut(self, layer: int, hidden: Tensor, run: Run) -> Int[Tensor, "batch kept"] | None:
-        """Choose at ``layer`` and enter the new stage in ``run``; the kept places, None when all stay."""
+    def _make_cut(self, layer: int, hidden: Tensor, run: Run) -> Kept | None:
+        """Choose at ``layer`` and enter the new stage in ``run``; None when all stay (so that a full budget changes
+        nothing, to the bit)."""
         op, layout = self.cuts[layer], run.layouts[run.stage(layer)]
         place, valid = compact(layout.visual, "right")  # [B,P] places of the visual tokens of each sample
         if place.shape[1] == 0:
             return None
-        x = hidden.detach().gather(1, place[..., None].expand(-1, -1, hidden.shape[2]))
-        images = _count_images(layout)
-        tokens = Tokens(x, valid, run.segment_seed(layout), lambda signal: run.signals[signal].gather(1, place))
-        kept = _choose(op, tokens, images)
-        if kept is None:
+        tokens = _tokens(hidden.detach(), layout, place, valid, run, layer)
+        count = op.keep.count(run.total, tokens.images).minimum(valid.sum(1))
+        if op.exact and bool((count >= valid.sum(1)).all()):
             return None
-        keep = layout.valid & ~layout.visual  # text stays
-        keep = keep.scatter(1, place, kept | keep.gather(1, place))
-        index, real = compact(keep, run.side)
-        cut = layout.take(index, real)
-        run.add_stage(layer, cut.reindexed() if op.position == "reindex" else cut)
-        return index
+        with torch.no_grad():
+            chosen = op.selector.choose(tokens, count)
+        cut, index, real = _resequence(op, tokens, chosen, count, layout, place, run.side)
+        taken = layout.take(index, real)
+        run.add_stage(layer, taken.reindexed() if op.position == "reindex" else taken, index)
+        return cut
 
     # attn[l]: called by the registered attention function
 
     def attend(self, run: Run, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float | None) -> Tensor:
         """Read the signals of this layer and reweigh its attention. ``out`` is plain attention [B,Q,H,D]."""
-        layout = run.layouts[run.stage(layer)]
-        common = self._common(run, layer, q.shape[2], scale)
-        if layer in self.received:
+        wanted = [s for s in self.received.get(layer, ()) if run.prompt or s in self.lasting]
+        if wanted:
+            seen = self._attention(run, layer, q, k, v, scale)
             with torch.no_grad():
-                last = layout.last(layout.valid)[:, None] - (k.shape[2] - q.shape[2])  # [B,1], index into q
-                got = received_attention(q, k, None, last, impl=self.impl, **common)
-            run.signals[self.received[layer]] = got.mean(1)  # [B,K]
+                for signal in wanted:
+                    run.put(signal, signal.read(seen).detach())
         for op in self.regroups.get(layer, ()):
-            out = self._regroup(op, layout, run, q, k, v, out, common)
+            layout = run.layouts[run.stage(layer)]
+            out = self._regroup(op, layer, layout, run, q, k, v, out, self._common(run, layer, q.shape[2], scale))
         for tap in self.taps.get(layer, ()):
-            tap.receive(run.signals[tap.signal], layout)
+            tap.receive(run.get(tap.signal, layer), run.layouts[run.stage(layer)])
         return out
+
+    def _attention(self, run: Run, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Attention:
+        layout, common = run.layouts[run.stage(layer)], self._common(run, layer, q.shape[2], scale)
+        valid = layout.valid
+        if not run.prompt and layer in run.held:
+            valid = run.held[layer].valid[:, 0]  # policies that look at attention keep equally many in every head
+            common["key_valid"] = None if bool(valid.all()) else valid
+        asks = run.asking(layer)
+        return Attention(q.detach(), k.detach(), v.detach(), valid, common, self.impl, layout, asks)
 
     def _common(self, run: Run, layer: int, rows: int, scale: float | None) -> Common:
         """Indices and groups are right by construction; looking at their values would wait for the GPU."""
@@ -177,7 +221,16 @@ class Engine:
         return {"key_valid": run.layouts[first].valid if padded else None, "scale": scale, "validate": False}
 
     def _regroup(
-        self, op: Regroup, layout: Layout, run: Run, q: Tensor, k: Tensor, v: Tensor, out: Tensor, common: Common
+        self,
+        op: Regroup,
+        layer: int,
+        layout: Layout,
+        run: Run,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        common: Common,
     ) -> Tensor:
         rows, keys = q.shape[2], k.shape[2]
         after = layout.last(layout.visual)  # [B], -1 for a sample without an image
@@ -186,12 +239,73 @@ class Engine:
             return out
         place = torch.arange(keys - rows + start, keys, device=q.device)
         chosen = (after[:, None] >= 0) & (place > after[:, None]) & layout.valid[:, place]  # [B, rows - start]
-        groups = op.groups(Keys(layout, run.keys_signal))
+        groups = op.groups(Keys(layout, lambda signal: run.keys_signal(signal, layer)))
         new, _ = grouped_mass_attention(
             q[:, :, start:], k, v, groups, rule=op.rule, row_sel=chosen, impl=self.impl, **common
         )
         tail = torch.where(chosen[:, :, None, None], new.transpose(1, 2), out[:, start:])
         return torch.cat([out[:, :start], tail], 1)
+
+    # kv.decode: what a generated token's row reads
+
+    def narrowed(
+        self, run: Run, layer: int, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None:
+        """Keys and values that the row reads in this layer, which of them are real, and their places in the cache;
+        None when it reads all."""
+        if self.read_step is None or run.prompt:
+            return None
+        marks = self.read_step.read(self._entries(run, layer, k.shape[1]))
+        if marks is None:
+            return None
+        index, real = pick(marks)
+        valid = None if bool(real.all()) else real
+        return gather_entries(k, index), gather_entries(v, index), valid, index
+
+    def have_read(
+        self, run: Run, layer: int, q: Tensor, k: Tensor, v: Tensor, index: Tensor | None, scale: float | None
+    ) -> None:
+        """Show the policy the attention call of a row that read the entries at ``index`` (None: all)."""
+        if self.read_step is None:
+            return
+        seen = self._attention(run, layer, q, k, v, scale)
+        if index is not None:
+            valid = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
+            seen = seen._replace(valid=valid, common={**seen.common, "key_valid": None}, layout=None)
+        self.read_step.seen(self._entries(run, layer, k.shape[1]), seen, index)
+
+    # kv.prefill and kv.decode: called by the model after a pass
+
+    def close_pass(self, run: Run, cache: DynamicCache) -> None:
+        """Evict what the program evicts: after the prompt and after each generated token."""
+        layers: list[Any] = list(cache.layers)
+        if run.prompt and self.evict is not None:
+            views = [self._entries(run, n, layer.keys.shape[1]) for n, layer in enumerate(layers)]
+            for number, keep in enumerate(self.evict.keep(views)):
+                held = views[number].held
+                short = shorten(layers[number], held, keep)
+                if short is not held:
+                    run.held[number] = short
+        elif not run.prompt and self.evict_step is not None:
+            for number, layer in enumerate(layers):
+                view = self._entries(run, number, layer.keys.shape[1])
+                if (keep := self.evict_step.keep(view)) is not None:
+                    run.held[number] = shorten(layer, view.held, keep)
+        if self.caches and run.prompt and not self.lasting:
+            run.forget_signals()
+
+    def _entries(self, run: Run, layer: int, kv_heads: int) -> Entries:
+        layout = run.layouts[run.stage(layer)]
+        held = run.held.get(layer) or held_whole(layout, kv_heads)
+        memory, shared = run.memory.setdefault(layer, {}), run.memory.setdefault(-1, {})
+        return Entries(layer, layout, held, lambda signal: run.get(signal, layer), run.step, memory, shared)
+
+
+def _by_layer(signals: Any) -> dict[int, list[Signal]]:
+    found: dict[int, list[Signal]] = {}
+    for signal in sorted(signals, key=repr):  # the same order in every process
+        found.setdefault(signal.layer, []).append(signal)
+    return found
 
 
 def _run_of(kwargs: Mapping[str, Any]) -> Run:
@@ -204,18 +318,70 @@ def _run_of(kwargs: Mapping[str, Any]) -> Run:
     return kwargs[RUN]
 
 
-def _no_signal(signal: Signal) -> Tensor:
-    raise ModelError(f"vit.out: a selector there sees features only; it asked for {signal}")
+def _tokens(hidden: Tensor, layout: Layout, place: Tensor, valid: Tensor, run: Run, layer: int) -> Tokens:
+    """The visual tokens of each sample as a selector sees them; ``place`` [B,P] is where they stand."""
+
+    def at(index: Int[Tensor, "batch some"]) -> Any:
+        return lambda signal: _values_at(run.get(signal, layer if layer else 0), index, signal)
+
+    words, real = compact(layout.valid & ~layout.visual, "right")
+    after = words > layout.last(layout.visual)[:, None]
+    return Tokens(
+        rows_at(hidden, place),
+        valid,
+        run.segment_seed(layout),
+        at(place),
+        run.total,
+        _count_images(layout),
+        layout.image.gather(1, place).masked_fill(~valid, -1),
+        layout.row.gather(1, place),
+        layout.col.gather(1, place),
+        None,
+        Text(rows_at(hidden, words), real, after & real, at(words)),
+    )
 
 
-def _choose(op: Select, tokens: Tokens, images: Int[Tensor, " segments"]) -> Bool[Tensor, "segments tokens"] | None:
-    """The kept tokens, or None when all stay (so that a full budget changes nothing, to the bit)."""
-    total = tokens.valid.sum(1)
-    count = op.keep.count(total, images)
-    if bool((count >= total).all()):
-        return None
-    with torch.no_grad():
-        return op.selector.choose(tokens, count)
+def _values_at(value: Tensor, index: Int[Tensor, "batch some"], signal: Signal) -> Tensor:
+    """A signal's values at places of its sequence."""
+    if not signal.axis:
+        return value
+    shape, wide = [1] * value.ndim, [*value.shape]
+    shape[0], shape[signal.key_axis] = index.shape
+    wide[signal.key_axis] = index.shape[1]
+    return value.gather(signal.key_axis, index.reshape(shape).expand(wide))
+
+
+def _resequence(
+    op: Select, tokens: Tokens, chosen: Tensor, count: Tensor, layout: Layout, place: Tensor, side: Any
+) -> tuple[Kept, Int[Tensor, "batch kept"], Tensor]:
+    """The sequence after a cut: text stays, visual tokens are those chosen or merged. Returns the cut, where each
+    token comes from, and which are real."""
+    reduce = op.selector.reduce
+    if reduce is None:
+        keep = layout.valid & ~layout.visual
+        keep = keep.scatter(1, place, (chosen & tokens.valid) | keep.gather(1, place))
+        index, real = compact(keep, side)
+        return Kept(index), index, real
+    first = reduce(tokens, chosen, count)
+    length, batch = layout.role.shape[1], len(place)
+    text = layout.valid & ~layout.visual
+    everywhere = torch.arange(length, device=place.device).expand(batch, length)
+    source = torch.cat([everywhere, place.gather(1, first.place)], 1)  # [B, L + R]
+    there = torch.cat([text, first.valid], 1)
+    # in the order of the places they stand for; padding at its side
+    key = source.masked_fill(~there, -1 if side == "left" else length)
+    order = key.argsort(dim=1, stable=True)
+    longest = int(there.sum(1).max())
+    order = order[:, order.shape[1] - longest :] if side == "left" else order[:, :longest]
+    index, real = source.gather(1, order), there.gather(1, order)
+    merged = (order >= length) & real
+    number = (order - length).clamp_min(0)
+
+    def merge(hidden: Tensor) -> Tensor:
+        again = Tokens(**{**vars(tokens), "x": rows_at(hidden, place)})
+        return rows_at(reduce(again, chosen, count).features, number)
+
+    return Kept(index, merge, merged), index, real
 
 
 def _count_images(layout: Layout) -> Int[Tensor, " batch"]:
@@ -223,10 +389,15 @@ def _count_images(layout: Layout) -> Int[Tensor, " batch"]:
     return ((image[:, 1:] != image[:, :-1]) & (image[:, 1:] >= 0)).sum(1) + (image[:, 0] >= 0)
 
 
-def _peak(hidden: Float[Tensor, "batch length width"], signal: Peak) -> Float[Tensor, "batch length"]:
-    x = hidden.float()
-    x = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)).abs()
-    return x[..., list(signal.dims)].amax(-1) if signal.dims else x.amax(-1)
+PROBE = "vlm_probe"
+
+
+class _Stop(Exception):
+    """Raised by the attention function to leave a layer that was run for its queries and keys only."""
+
+    def __init__(self, q: Tensor, k: Tensor, scale: float | None) -> None:
+        super().__init__()
+        self.q, self.k, self.scale = q, k, scale
 
 
 def _program_attention(
@@ -239,13 +410,24 @@ def _program_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
+    if kwargs.pop(PROBE, False):
+        raise _Stop(query, key, scaling)
+    engine = _ENGINES.get(module)
+    layer: Any = getattr(module, "layer_idx", None)
+    run = _run_of(kwargs) if engine is not None else None
+    index = None
+    if engine is not None and run is not None and (narrow := engine.narrowed(run, layer, key, value)) is not None:
+        key, value, valid, index = narrow
+        attention_mask = None
+        if valid is not None:
+            attention_mask = valid.repeat_interleave(query.shape[1] // valid.shape[1], 1)[:, :, None]
     out, _ = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
     )
-    engine = _ENGINES.get(module)
-    if engine is not None:
-        layer: Any = module.layer_idx
-        out = engine.attend(_run_of(kwargs), layer, query, key, value, out, scaling)
+    if engine is not None and run is not None:
+        if not run.prompt:
+            engine.have_read(run, layer, query, key, value, index, scaling)
+        out = engine.attend(run, layer, query, key, value, out, scaling)
     return out, None
 
 
@@ -270,14 +452,16 @@ def attach(model: Any, program: Program, impl: str = "auto") -> Iterator[None]:
         return
     if model.engine is not None:
         raise ModelError("attach: a program is attached to this model already; join the two programs instead")
-    check(program, model.decoder_facts)
+    check(program, model.facts)
     language, decoder = model.language, model.decoder
-    engine = Engine(decoder, program, impl)
+    engine = Engine(model, program, impl)
     if any(engine.cuts) or engine.sees_attention:
         _check_decoder(language, decoder)
     hooks = []
     before = language.config._attn_implementation
     try:
+        if engine.vision is not None:
+            hooks += engine.vision.hook()
         for layer in range(engine.first_hooked, len(decoder.layers)):
             hook = lambda module, args, kwargs, layer=layer: engine.enter_layer(layer, args, kwargs)  # noqa: E731
             hooks.append(decoder.layers[layer].register_forward_pre_hook(hook, with_kwargs=True))

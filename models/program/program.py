@@ -1,21 +1,25 @@
 """Programs: what a pruner, a mitigator or a probe does to a forward pass, as data.
 
 A program is an ordered tuple of (site, op). A site is a named point of the forward pass; an op is one action
-there. :mod:`vlm.models.program.attach` is the only module that knows how Transformers is made to do it.
+there. :mod:`vlm.models.program.attach` lowers a program onto a model; what ops may ask for is in
+:mod:`vlm.models.program.signals`.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vlm.kernels.grouped_mass.rules import Rule
 from vlm.models.errors import ModelError
 from vlm.models.program.budget import Budget
+from vlm.models.program.cache import Evict, EvictStep, ReadStep
 from vlm.models.program.layout import Layout
+from vlm.models.program.reduce import Reduced
+from vlm.models.program.signals import Facts, Received, Signal
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,18 @@ class Site:
 VIT_OUT = Site("vit.out")  # features of each image, before the connector
 LLM_IN = Site("llm.in")  # the spliced sequence, before the first decoder layer
 LOGITS = Site("logits")  # next-token logits of all streams
+KV_PREFILL = Site("kv.prefill")  # the caches of all layers, after the prompt
+KV_DECODE = Site("kv.decode")  # a layer's cache, at every generated token
+
+
+def vit_mid(block: int) -> Site:
+    """Between attention and MLP of a block of the vision encoder."""
+    return Site("vit.mid", block)
+
+
+def vit_after(block: int) -> Site:
+    """What leaves a block of the vision encoder."""
+    return Site("vit.after", block)
 
 
 def llm_before(layer: int) -> Site:
@@ -44,58 +60,90 @@ def attn(layer: int) -> Site:
     return Site("attn", layer)
 
 
-@dataclass(frozen=True)
-class Received:
-    """Signal: attention that each key of ``layer`` gets from the last row, mean over heads, [batch, keys]."""
-
-    layer: int
-
-
-@dataclass(frozen=True)
-class Peak:
-    """Signal: largest absolute value of the state that enters ``layer`` after RMS normalisation without gain,
-    over ``dims`` (all dimensions when empty), [batch, keys]. Read on the prompt; generated tokens get 0."""
-
-    layer: int
-    dims: tuple[int, ...] = ()
-
-
-Signal = Received | Peak
-
 Position = Literal["keep", "reindex"]
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """What a selector sees: visual tokens in segments (an image at ``vit.out``, a sample inside the LLM).
+class Text:
+    """The text tokens of each sample, for selectors inside the language model; ``after``: after the last image."""
 
-    seed is an integer that depends on the segment's pixels only, so that random choices do not depend on
-    which other samples share the batch.
+    x: Float[Tensor, "segments words width"]
+    valid: Bool[Tensor, "segments words"]
+    after: Bool[Tensor, "segments words"]
+    signal: Callable[[Signal], Tensor]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a selector sees: visual tokens in segments (an image in the encoder and after it, a sample in the LLM).
+
+    total: tokens of each segment before any cut. images: images of each segment; image: which of them each token
+    belongs to, numbered over the batch. row, col: its place in the image's grid. size: how many tokens it is the mean
+    of, None before any merging. seed is an integer that depends on the segment's pixels only, so that random choices do
+    not depend on which other samples share the batch. signal gives a signal's values for these tokens (its key axis is
+    this segment's tokens).
     """
 
     x: Float[Tensor, "segments tokens width"]
     valid: Bool[Tensor, "segments tokens"]
     seed: Int[Tensor, " segments"]
-    signal: Callable[[Signal], Float[Tensor, "segments tokens"]]
+    signal: Callable[[Signal], Tensor]
+    total: Int[Tensor, " segments"]
+    images: Int[Tensor, " segments"]
+    image: Int[Tensor, "segments tokens"]
+    row: Int[Tensor, "segments tokens"]
+    col: Int[Tensor, "segments tokens"]
+    size: Float[Tensor, "segments tokens"] | None = None
+    text: Text | None = None
+
+    @classmethod
+    def of_images(
+        cls,
+        x: Float[Tensor, "segments tokens width"],
+        valid: Bool[Tensor, "segments tokens"],
+        seed: Int[Tensor, " segments"],
+        signal: Callable[[Signal], Tensor],
+        columns: int = 1,
+    ) -> "Tokens":
+        """Segments that are whole images, before any cut, in raster order of ``columns`` columns."""
+        place, one = torch.arange(x.shape[1], device=x.device).expand(valid.shape), torch.ones_like(seed)
+        image = torch.arange(len(x), device=x.device)[:, None].expand(valid.shape)
+        return cls(x, valid, seed, signal, valid.sum(1), one, image, place // columns, place % columns)
+
+    @property
+    def text_tokens(self) -> Text:
+        assert self.text is not None  # check() lets only selectors of the language model ask
+        return self.text
 
 
 class Selector(NamedTuple):
-    """``choose(tokens, count)`` marks ``count[s]`` valid tokens of each segment; ``needs`` are its signals."""
+    """How a cut chooses.
+
+    choose: marks the tokens that stay, given how many each segment may keep; without gradient.
+    needs: the signals it reads. reduce: what becomes of the others, from the features (with their gradient), the marks
+    and the counts; nothing if not given. It may add tokens: ``choose`` then marks fewer.
+    """
 
     choose: Callable[[Tokens, Int[Tensor, " segments"]], Bool[Tensor, "segments tokens"]]
     needs: tuple[Signal, ...] = ()
+    reduce: Callable[[Tokens, Bool[Tensor, "segments tokens"], Int[Tensor, " segments"]], Reduced] | None = None
 
 
 @dataclass(frozen=True)
 class Select:
-    """Op at ``vit.out``, ``llm.in`` and ``llm.before[k]``: keep some visual tokens, drop the rest.
+    """Op at ``vit.*``, ``llm.in`` and ``llm.before[k]``: keep some visual tokens, drop or merge the rest.
 
-    position: ``"keep"`` leaves the kept tokens their position ids, ``"reindex"`` counts anew.
+    keep: of the tokens there were before any cut of the program. position: ``"keep"`` leaves the kept tokens their
+    position ids, ``"reindex"`` counts anew. exact: False when the selector itself decides how many tokens stay and
+    ``keep`` is only where it ends. weigh: later blocks of the encoder add the log of a merged token's size to the
+    logits of its key (proportional attention).
     """
 
     keep: Budget
     selector: Selector
     position: Position = "keep"
+    exact: bool = True
+    weigh: bool = False
 
 
 class Keys(NamedTuple):
@@ -137,7 +185,7 @@ class Tap:
     receive: Callable[[Float[Tensor, "batch keys"], Layout], None] = field(compare=False)
 
 
-Op = Select | Regroup | Rewrite | Tap
+Op = Select | Regroup | Rewrite | Tap | Evict | EvictStep | ReadStep
 Program = tuple[tuple[Site, Op], ...]
 
 
@@ -146,64 +194,95 @@ def cut(site: Site, keep: Budget, selector: Selector, position: Position = "keep
     return () if keep.everything else ((site, Select(keep, selector, position)),)
 
 
-class Decoder(NamedTuple):
-    """What a method may know of the language model it acts on.
+def needs_of(op: Op, layers: int) -> tuple[Signal, ...]:
+    """The signals that an op asks for; ``layers`` of the decoder."""
+    if isinstance(op, Select):
+        return op.selector.needs
+    if isinstance(op, Tap):
+        return (op.signal,)
+    if isinstance(op, Rewrite):
+        return ()
+    if isinstance(op, Regroup):
+        return op.needs
+    return tuple(signal for layer in range(layers) for signal in op.needs(layer))
 
-    refuses: what a program may not do to it and why, by the name of a site (``"vit.out"``), of an op (``"Regroup"``)
-    or of a position policy (``"reindex"``).
-    """
 
-    layers: int
-    width: int
-    refuses: Mapping[str, str] = MappingProxyType({})
-
-
-def signals_of(program: Program) -> set[Signal]:
+def signals_of(program: Program, layers: int) -> set[Signal]:
     """All signals that the ops of a program ask for."""
-    needs: set[Signal] = set()
-    for _, op in program:
-        if isinstance(op, Select):
-            needs.update(op.selector.needs)
-        elif isinstance(op, Regroup):
-            needs.update(op.needs)
-        elif isinstance(op, Tap):
-            needs.add(op.signal)
-    return needs
+    return {signal for _, op in program for signal in needs_of(op, layers)}
 
 
-def check(program: Program, decoder: Decoder) -> None:
-    """Refuse a program that does not fit ``decoder``. Raises ModelError: site, expected, found."""
-    for site, _ in program:
-        if site.layer >= decoder.layers or (site.name == "llm.before" and site.layer < 1):
-            first = 1 if site.name == "llm.before" else 0
-            raise ModelError(f"{site}: the language model has layers {first}..{decoder.layers - 1}; found {site.layer}")
+def in_encoder(site: Site) -> bool:
+    return site.name in ("vit.mid", "vit.after")
+
+
+def check(program: Program, facts: Facts) -> None:
+    """Refuse a program that does not fit the model. Raises ModelError: site, expected, found."""
     for site, op in program:
+        _check_site(site, facts)
         for what in (site.name, type(op).__name__, getattr(op, "position", "")):
-            if what in decoder.refuses:
-                raise ModelError(f"{site}: {decoder.refuses[what]}")
+            if what in facts.refuses:
+                raise ModelError(f"{site}: {facts.refuses[what]}")
+        for signal in needs_of(op, facts.layers):
+            _check_signal(site, signal, facts)
+    _check_together(program)
+
+
+def _check_site(site: Site, facts: Facts) -> None:
+    if site.name in ("llm.before", "attn"):
+        first = 1 if site.name == "llm.before" else 0
+        if not first <= site.layer < facts.layers:
+            raise ModelError(f"{site}: the language model has layers {first}..{facts.layers - 1}; found {site.layer}")
+    if in_encoder(site):
+        if facts.vision is None:
+            raise ModelError(f"{site}: {facts.refuses.get('vit.out', 'this vision encoder is hidden from programs')}")
+        if facts.vision.cuts:
+            raise ModelError(f"{site}: tokens cannot go inside this vision encoder: {facts.vision.cuts}")
+        facts.vision.block(site.layer, str(site))
+
+
+def _check_together(program: Program) -> None:
     cuts = [site for site, op in program if isinstance(op, Select)]
     for site in cuts:
         if cuts.count(site) > 1:
             raise ModelError(f"{site}: two cuts at one site; found {', '.join(map(str, cuts))}")
-    for site, op in program:
-        for signal in signals_of(((site, op),)):
-            _check_signal(site, signal, decoder, cuts)
+    kinds = {type(op) for _, op in program}
+    if kinds & {Evict, EvictStep, ReadStep} and kinds & {Regroup, Tap}:
+        raise ModelError(
+            "kv: each head keeps entries of its own, so attention over groups of tokens cannot be reweighed; "
+            "use a cache policy or an attention mitigator, not both"
+        )
+    for kind in (Evict, EvictStep, ReadStep):
+        if sum(isinstance(op, kind) for _, op in program) > 1:
+            raise ModelError(f"kv: two cache policies at once; found two of {kind.__name__}")
 
 
-def _check_signal(site: Site, signal: Signal, decoder: Decoder, cuts: list[Site]) -> None:
-    """Refuse a signal that is not known yet at ``site``, or that was read from another sequence than the site's."""
-    if not 0 <= signal.layer < decoder.layers:
-        raise ModelError(f"{site}: it asks for {signal}, but layers are 0..{decoder.layers - 1}")
-    known = signal.layer <= site.layer if site.name == "attn" else signal.layer < site.layer
+def _check_signal(site: Site, signal: Signal, facts: Facts) -> None:
+    """Refuse a signal that is not known yet at ``site``."""
+    if signal.part == "vision":
+        if not (in_encoder(site) or site.name == "vit.out"):
+            raise ModelError(f"{site}: it asks for {signal}, which belongs to the vision encoder")
+        assert facts.vision is not None or "vit.out" in facts.refuses
+        if facts.vision is not None:
+            facts.vision.block(signal.layer, str(site))
+            if in_encoder(site) and signal.layer > site.layer:
+                raise ModelError(f"{site}: it asks for {signal}, which is known only after that block")
+        return
+    if not 0 <= signal.layer < facts.layers:
+        raise ModelError(f"{site}: it asks for {signal}, but layers are 0..{facts.layers - 1}")
+    if site.name.startswith("kv."):
+        return
+    if site.name == "attn" or signal.of_state or signal.ahead_of_layer:
+        known = signal.layer <= site.layer
+    else:
+        known = signal.layer < site.layer
     if not known:
         raise ModelError(f"{site}: it asks for {signal}, which is known only after that layer")
-    last = site.layer if site.name == "attn" else site.layer - 1
-    if between := [cut.layer for cut in cuts if cut.name == "llm.before" and signal.layer < cut.layer <= last]:
-        raise ModelError(f"{site}: it asks for {signal}, but a cut at layer {between[0]} came between")
 
 
 class Method(Protocol):
-    """A pruner or a mitigator: a frozen dataclass in a file of its own name; its fields are its recipe options.
+    """A pruner, a mitigator or a cache policy: a frozen dataclass in a file of its own name; its fields are its recipe
+    options.
 
     source: paper and section. verified: ``"golden"`` (official numbers), ``"code"``, ``"paper"`` or
     ``"reconstruction"``. A neutral setting compiles to the empty program.
@@ -212,4 +291,4 @@ class Method(Protocol):
     source: ClassVar[str]
     verified: ClassVar[str]
 
-    def program(self, decoder: Decoder) -> Program: ...
+    def program(self, facts: Facts) -> Program: ...

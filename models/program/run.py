@@ -1,39 +1,103 @@
 """What one stream knows about the sequence that runs through the decoder."""
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from vlm.models.program.cache import Held
 from vlm.models.program.layout import Layout, Side
-from vlm.models.program.program import Peak, Signal
+from vlm.models.program.signals import Peak, Signal
+
+
+class Kept(NamedTuple):
+    """What a cut made of the sequence: the places that stay, and where merged tokens take their features from.
+
+    place: where each token of the new sequence comes from. merge(hidden) gives features for the tokens marked by
+    ``merged``; both are None for a cut that only drops.
+    """
+
+    place: Int[Tensor, "batch kept"]
+    merge: Callable[[Tensor], Float[Tensor, "batch kept width"]] | None = None
+    merged: Bool[Tensor, "batch kept"] | None = None
+
+    def apply(self, hidden: Float[Tensor, "batch length width"]) -> Float[Tensor, "batch kept width"]:
+        out = hidden.gather(1, self.place[..., None].expand(-1, -1, hidden.shape[2]))
+        if self.merge is None or self.merged is None:
+            return out
+        return torch.where(self.merged[..., None], self.merge(hidden).to(out.dtype), out)
 
 
 class Run:
     """The layouts and signals of one stream: made for a prompt, extended with every generated token.
 
-    layouts: first layer -> layout of the sequence from that layer on; a cut adds one. kept: layer -> the places that
-    its cut kept, None if all. prompt: whether the pass under way is the prompt's. seed: an integer of each image's
-    pixels. deep: features [batch, length, width] that a model adds after its first decoder layers, one tensor each, at
-    the places of the sequence as the data layer made it (``Layout.source``).
+    layouts: first layer -> layout of the sequence from that layer on; a cut adds one. kept: layer -> what its cut kept,
+    None if all. prompt: whether the pass under way is the prompt's; step: tokens generated so far. seed: an integer of
+    each image's pixels. asks: places in the uncut sequence whose rows ask for what follows (see
+    :class:`~vlm.models.program.signals.Received`), None for a prompt. total: visual tokens of each sample before any
+    cut. deep: features [batch, length, width] that a model adds after its first decoder layers, one tensor each, at
+    the places of the sequence as the data layer made it (``Layout.source``). held: layer -> what its cache holds, for
+    layers whose cache was shortened. memory: what cache policies remember, by layer (-1: of all layers).
     """
 
     def __init__(self, layout: Layout, side: Side, seed: Int[Tensor, " images"]) -> None:
         self.layouts: dict[int, Layout] = {0: layout}
         self.side: Side = side
         self.seed = seed
-        self.kept: dict[int, Int[Tensor, "batch kept"] | None] = {}
+        self.kept: dict[int, Kept | None] = {}
         self.prompt = True
+        self.step = 0
+        self.asks: Int[Tensor, "batch asks"] | None = None
+        self.total: Int[Tensor, " batch"] = layout.visual.sum(1)
         self.deep: list[Float[Tensor, "batch length width"]] = []
-        self.signals: dict[Signal, Float[Tensor, "batch keys"]] = {}
+        self.held: dict[int, Held] = {}
+        self.memory: dict[int, dict[str, Any]] = {}
+        self._signals: dict[int, dict[Signal, Tensor]] = {0: {}}
+        self._asks: dict[int, Int[Tensor, "batch asks"]] = {}
         self._masks: dict[int, Bool[Tensor, "batch 1 rows keys"] | None] = {}
 
     def stage(self, layer: int) -> int:
         """The first layer of the stage that ``layer`` belongs to."""
         return max(first for first in self.layouts if first <= layer)
 
-    def add_stage(self, layer: int, layout: Layout) -> None:
-        """From ``layer`` on the sequence is ``layout``."""
+    def add_stage(self, layer: int, layout: Layout, index: Int[Tensor, "batch kept"]) -> None:
+        """From ``layer`` on the sequence is ``layout``, gathered by ``index``; signals read so far come along."""
+        before = max((first for first in self.layouts if first < layer), default=0)
+        self._signals[layer] = {s: _take(value, index, s) for s, value in self._signals[before].items()}
         self.layouts[layer] = layout
+        self._masks.pop(layer, None)
+
+    def put(self, signal: Signal, value: Tensor) -> None:
+        """Enter what was read in the signal's layer, before a cut there or after it."""
+        stage = self.stage(signal.layer)
+        if self.prompt and signal.axis and value.shape[signal.key_axis] != self.layouts[stage].role.shape[1]:
+            stage = self.stage(signal.layer - 1)  # read ahead of a cut that a first pass has made already
+        self._signals[stage][signal] = value
+
+    def get(self, signal: Signal, layer: int) -> Tensor:
+        """A signal over the sequence that ``layer`` works on."""
+        return self._signals[self.stage(layer)][signal]
+
+    def forget_signals(self) -> None:
+        """Drop what was read, with the tensors it holds."""
+        self._signals = {first: {} for first in self.layouts}
+
+    def asking(self, layer: int) -> Int[Tensor, "batch asks"] | None:
+        """The asking rows' places in the sequence of ``layer``, -1 where unused; a sample without any asks by its last
+        token. None when all do."""
+        if self.asks is None or not self.prompt:
+            return None
+        first = self.stage(layer)
+        if first not in self._asks:
+            layout = self.layouts[first]
+            hit = (layout.source[:, None] == self.asks[..., None]) & layout.valid[:, None]  # [B,A,K]
+            place = torch.arange(1, hit.shape[2] + 1, device=hit.device)
+            found = (hit & (self.asks >= 0)[..., None]).mul(place).amax(2) - 1  # -1 where nothing was hit
+            nothing = (found < 0).all(1, keepdim=True)
+            self._asks[first] = torch.cat([found, torch.where(nothing, layout.last(layout.valid)[:, None], -1)], 1)
+        return self._asks[first]
 
     @property
     def last(self) -> Layout:
@@ -42,8 +106,11 @@ class Run:
 
     def append(self, count: int = 1) -> None:
         """``count`` generated tokens follow in every stage; signals of the prompt do not grow."""
+        grown = {layer: self.layouts[self.stage(layer)].role.shape[1] for layer in self.held}
+        self.held = {layer: held.append(count, grown[layer]) for layer, held in self.held.items()}
         self.layouts = {first: layout.append(count) for first, layout in self.layouts.items()}
         self.prompt = False
+        self.step += count
         self._masks.clear()
 
     def mask(self, first: int, rows: int) -> Bool[Tensor, "batch 1 rows keys"] | None:
@@ -63,11 +130,10 @@ class Run:
         itself = torch.eye(keys, dtype=torch.bool, device=valid.device)[keys - rows :]
         return ((causal & valid[:, None, :]) | itself)[:, None]  # a padding row sees itself, so no row is empty
 
-    def keys_signal(self, signal: Signal) -> Float[Tensor, "batch keys"]:
-        """A signal over the keys of its layer; tokens generated since it was read have 0."""
-        value = self.signals[signal]
-        keys = self.layouts[self.stage(signal.layer)].role.shape[1]
-        grown = keys - value.shape[1]
+    def keys_signal(self, signal: Signal, layer: int) -> Float[Tensor, "batch keys"]:
+        """A signal over the keys of ``layer``; tokens generated since it was read have 0."""
+        value = self.get(signal, layer)
+        grown = self.layouts[self.stage(layer)].role.shape[1] - value.shape[1]
         return torch.nn.functional.pad(value, (0, grown)) if isinstance(signal, Peak) and grown else value
 
     def segment_seed(self, layout: Layout) -> Int[Tensor, " batch"]:
@@ -82,3 +148,23 @@ class Run:
     def visual_tokens(self, layers: int) -> list[float]:
         """Mean number of visual tokens per sample in each decoder layer."""
         return [float(self.layouts[self.stage(layer)].visual.sum(1).float().mean()) for layer in range(layers)]
+
+    def cached_tokens(self, layers: int) -> list[float]:
+        """Mean number of cache entries per sample and key/value head in each decoder layer."""
+        counts = []
+        for layer in range(layers):
+            valid = self.held[layer].valid if layer in self.held else self.layouts[self.stage(layer)].valid[:, None]
+            counts.append(float(valid.sum(2).float().mean()))
+        return counts
+
+
+def _take(value: Tensor, index: Int[Tensor, "batch kept"], signal: Signal) -> Tensor:
+    """A signal's values at the places of a shorter sequence."""
+    if not signal.axis:
+        return value
+    at = signal.key_axis
+    shape = [1] * value.ndim
+    shape[0], shape[at] = index.shape
+    wide = [*value.shape]
+    wide[at] = index.shape[1]
+    return value.gather(at, index.reshape(shape).expand(wide))

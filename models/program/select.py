@@ -10,8 +10,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vlm.models.program.diverse import max_min_order
-from vlm.models.program.program import Received, Selector, Tokens
+from vlm.models.program.program import Selector, Tokens
 from vlm.models.program.segments import descending, marks, numbers, ranks
+from vlm.models.program.signals import Received
 
 
 def top(

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vlm.models.program.budget import Budget
-from vlm.models.program.program import LLM_IN, Decoder, Position, Program, cut
+from vlm.models.program.program import LLM_IN, Position, Program, cut
 from vlm.models.program.select import max_min_diversity
+from vlm.models.program.signals import Facts
 
 
 @dataclass(frozen=True)
@@ -22,5 +23,5 @@ class Divprune:
     keep: Budget
     position: Position = "reindex"
 
-    def program(self, decoder: Decoder) -> Program:
+    def program(self, facts: Facts) -> Program:
         return cut(LLM_IN, self.keep, max_min_diversity(), self.position)

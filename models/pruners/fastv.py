@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vlm.models.program.budget import Budget
-from vlm.models.program.program import Decoder, Position, Program, cut, llm_before
+from vlm.models.program.program import Position, Program, cut, llm_before
 from vlm.models.program.select import attention_from_last_row
+from vlm.models.program.signals import Facts
 
 
 @dataclass(frozen=True)
@@ -23,5 +24,5 @@ class Fastv:
     layer: int = 2
     position: Position = "keep"
 
-    def program(self, decoder: Decoder) -> Program:
+    def program(self, facts: Facts) -> Program:
         return cut(llm_before(self.layer), self.keep, attention_from_last_row(self.layer - 1), self.position)

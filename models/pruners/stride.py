@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vlm.models.program.budget import Budget
-from vlm.models.program.program import LLM_IN, Decoder, Position, Program, cut
+from vlm.models.program.program import LLM_IN, Position, Program, cut
 from vlm.models.program.select import even_stride
+from vlm.models.program.signals import Facts
 
 
 @dataclass(frozen=True)
@@ -18,5 +19,5 @@ class Stride:
     keep: Budget
     position: Position = "keep"
 
-    def program(self, decoder: Decoder) -> Program:
+    def program(self, facts: Facts) -> Program:
         return cut(LLM_IN, self.keep, even_stride(), self.position)

@@ -18,9 +18,6 @@ from vlm.models.program.program import (
     LLM_IN,
     LOGITS,
     VIT_OUT,
-    Decoder,
-    Peak,
-    Received,
     Regroup,
     Rewrite,
     Select,
@@ -30,6 +27,7 @@ from vlm.models.program.program import (
     llm_before,
 )
 from vlm.models.program.select import attention_from_last_row, even_stride
+from vlm.models.program.signals import Facts, Peak, Received
 from vlm.models.pruners.divprune import Divprune
 from vlm.models.pruners.fastv import Fastv
 from vlm.models.pruners.random import Random
@@ -78,7 +76,7 @@ def test_a_neutral_program_changes_no_bit(make_model, batch, name):
     bare = model(inputs)
     logits, _ = model.prefill(inputs)
     answers = generate(model, inputs, max_new_tokens=6, stop=1)
-    with attach(model, NEUTRAL[name](model.decoder_facts)):
+    with attach(model, NEUTRAL[name](model.facts)):
         assert torch.equal(model(inputs).hidden, bare.hidden)
         assert torch.equal(model.prefill(inputs)[0], logits)
         assert generate(model, inputs, max_new_tokens=6, stop=1) == answers
@@ -88,7 +86,7 @@ def test_a_neutral_program_changes_no_bit(make_model, batch, name):
 def test_a_setting_that_is_neutral_by_itself_attaches_nothing(make_model, name):
     model = make_model()
     before = state(model)
-    with attach(model, NEUTRAL[name](model.decoder_facts)):
+    with attach(model, NEUTRAL[name](model.facts)):
         assert state(model) == before
 
 
@@ -96,12 +94,12 @@ def test_a_setting_that_is_neutral_by_itself_attaches_nothing(make_model, name):
 def test_leaving_restores_the_model(make_model, batch, name):
     model, inputs = make_model(), batch("tt#ttt", "#tt")
     before, bare = state(model), model(inputs).hidden
-    with attach(model, ACTIVE[name](model.decoder_facts)):
+    with attach(model, ACTIVE[name](model.facts)):
         generate(model, inputs, max_new_tokens=2, stop=1)
         assert state(model) != before
         assert list(model.state_dict()) == before["keys"]
     assert state(model) == before
-    with pytest.raises(KeyError), attach(model, ACTIVE[name](model.decoder_facts)):
+    with pytest.raises(KeyError), attach(model, ACTIVE[name](model.facts)):
         raise KeyError
     assert state(model) == before
     assert torch.equal(model(inputs).hidden, bare)
@@ -109,7 +107,7 @@ def test_leaving_restores_the_model(make_model, batch, name):
 
 def test_a_second_program_is_refused_and_the_first_stays(make_model, batch):
     model, inputs = make_model(), batch("tt#ttt")
-    with attach(model, ACTIVE["fastv"](model.decoder_facts)):
+    with attach(model, ACTIVE["fastv"](model.facts)):
         first = model(inputs).hidden
         with pytest.raises(ModelError, match="attached to this model already"), attach(model, ACTIVE["m3id"](FACTS)):
             pass
@@ -119,7 +117,7 @@ def test_a_second_program_is_refused_and_the_first_stays(make_model, batch):
 def test_a_regroup_whose_rule_changes_nothing_is_close(make_model, batch):
     # every row after the image goes through the grouped path; taken = 0 leaves its weights as they are
     model, inputs = make_model(), batch("tt#ttt", "tt", "#t##tt")
-    active = Var(tau=3.0).program(model.decoder_facts)[0][1]
+    active = Var(tau=3.0).program(model.facts)[0][1]
     assert isinstance(active, Regroup)
     op = Regroup(active.groups, visual_redistribution(taken=0.0), active.needs)
     bare, (logits, _) = model(inputs), model.prefill(inputs)
@@ -132,7 +130,7 @@ def test_a_regroup_whose_rule_changes_nothing_is_close(make_model, batch):
 @pytest.mark.parametrize("name", ["fastv", "var"])
 def test_every_implementation_of_the_kernels_gives_the_same_model(make_model, batch, name, impl):
     model, inputs = make_model(), batch("t#tt", "tt")
-    program = ACTIVE[name](model.decoder_facts)
+    program = ACTIVE[name](model.facts)
     with torch.no_grad():
         with attach(model, program, impl="reference"):
             expected = model(inputs).hidden
@@ -146,7 +144,7 @@ def test_every_implementation_of_the_kernels_gives_the_same_model(make_model, ba
 def test_padding_is_masked_under_the_registered_attention(make_model, batch, alone, name):
     # a function registered for attention but not for masks gets no mask, and padding would be attended to
     model, inputs = make_model(), batch("tt#t", "t#tttttttt", "tttttt")
-    with attach(model, ACTIVE[name](model.decoder_facts)):
+    with attach(model, ACTIVE[name](model.facts)):
         together = model(inputs)
         for b in range(3):
             single = model(alone(inputs, b))
@@ -158,7 +156,7 @@ def attention(layer: int) -> Selector:
     return attention_from_last_row(layer)
 
 
-KEEP, FACTS = Budget.parse("50%"), Decoder(layers=4, width=32)
+KEEP, FACTS = Budget.parse("50%"), Facts(layers=4, width=32)
 
 
 @pytest.mark.parametrize(
@@ -167,23 +165,15 @@ KEEP, FACTS = Budget.parse("50%"), Decoder(layers=4, width=32)
         (Fastv(keep=KEEP, layer=4).program(FACTS), r"llm.before\[4\]: .* layers 1..3; found 4"),
         (((llm_before(0), Select(KEEP, even_stride())),), r"llm.before\[0\]: .* layers 1..3; found 0"),
         (((attn(7), Tap(Received(7), print)),), r"attn\[7\]: .* layers 0..3; found 7"),
-        (((attn(1), Tap(Received(9), print)),), r"attn\[1\]: it asks for Received\(layer=9\), but layers are 0..3"),
-        (((llm_before(2), Select(KEEP, attention(2))),), r"llm.before\[2\]: .* Received\(layer=2\), which is known"),
-        (((LLM_IN, Select(KEEP, attention(0))),), r"llm.in: .* Received\(layer=0\), which is known only"),
-        (((VIT_OUT, Select(KEEP, attention(0))),), r"vit.out: .* Received\(layer=0\), which is known only"),
-        (((attn(1), Tap(Received(2), print)),), r"attn\[1\]: .* Received\(layer=2\), which is known only"),
+        (((attn(1), Tap(Received(9), print)),), r"attn\[1\]: it asks for Received\(layer=9.*\), but layers are 0..3"),
+        (((llm_before(2), Select(KEEP, attention(2))),), r"llm.before\[2\]: .* Received\(layer=2.*\), which is known"),
+        (((LLM_IN, Select(KEEP, attention(0))),), r"llm.in: .* Received\(layer=0.*\), which is known only"),
+        (((VIT_OUT, Select(KEEP, attention(0))),), r"vit.out: .* Received\(layer=0.*\), which is known only"),
+        (((attn(1), Tap(Received(2), print)),), r"attn\[1\]: .* Received\(layer=2.*\), which is known only"),
         (Stride(keep=KEEP).program(FACTS) * 2, r"llm.in: two cuts at one site"),
         (
             ((LLM_IN, Select(KEEP, even_stride())), *Stride(keep=KEEP).program(FACTS)),
             r"llm.in: two cuts at one site",
-        ),
-        (
-            (
-                (LLM_IN, Select(KEEP, even_stride())),
-                (llm_before(1), Select(KEEP, even_stride())),
-                (llm_before(3), Select(KEEP, attention(0))),
-            ),
-            r"llm.before\[3\]: it asks for Received\(layer=0\), but a cut at layer 1 came between",
         ),
         (((attn(1), Regroup(lambda keys: keys.layout.role, Neutral(), (Peak(3),))),), r"attn\[1\]: .* Peak\(layer=3"),
     ],
@@ -197,7 +187,7 @@ def test_a_program_that_does_not_fit_is_refused(make_model, program, message):
 
 
 def test_two_cuts_name_the_site_that_has_two(make_model):
-    program = ((llm_before(1), Select(KEEP, even_stride())), *Stride(keep=KEEP).program(make_model().decoder_facts) * 2)
+    program = ((llm_before(1), Select(KEEP, even_stride())), *Stride(keep=KEEP).program(make_model().facts) * 2)
     with pytest.raises(ModelError, match=r"^llm.in: two cuts at one site"), attach(make_model(), program):
         pass
 
@@ -205,7 +195,7 @@ def test_two_cuts_name_the_site_that_has_two(make_model):
 def test_sliding_window_attention_is_refused(make_model):
     model = make_model("mistral")
     model.language.config.sliding_window = 8
-    with pytest.raises(ModelError, match="full attention"), attach(model, ACTIVE["fastv"](model.decoder_facts)):
+    with pytest.raises(ModelError, match="full attention"), attach(model, ACTIVE["fastv"](model.facts)):
         pass
 
 
@@ -234,7 +224,7 @@ class Replayed:
 def test_gradient_checkpointing_gives_the_same_gradients(make_model, batch, style, name):
     model, inputs = make_model().train(), batch("tt#ttt", "#t##tt")
     other = batch("t#tttt", "#ttttt")
-    programs = [ACTIVE[part](model.decoder_facts) for part in name.split(" and ")]
+    programs = [ACTIVE[part](model.facts) for part in name.split(" and ")]
     weights = (inputs.tokens >= 0).double()
     with attach(model, sum(programs, ())):
         first, second = model(inputs, weights), model(other, weights)

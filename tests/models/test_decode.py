@@ -89,7 +89,7 @@ def test_prompts_without_their_images(batch):
 def test_a_stream_without_images_is_not_cut(make_model, batch):
     model, inputs = make_model(), batch("tt#ttt", "tt")
     plain, _ = model.prefill(inputs.without_images())
-    with attach(model, Fastv(Budget.parse("25%")).program(model.decoder_facts)):
+    with attach(model, Fastv(Budget.parse("25%")).program(model.facts)):
         logits, stream = model.prefill(inputs.without_images())
         model.step(stream, torch.tensor([1, 2]))
     assert torch.equal(logits, plain)
@@ -99,7 +99,7 @@ def test_the_language_model_alone_does_not_run_under_a_program_unnoticed(make_mo
     model = make_model()
     tokens = torch.tensor([[1, 2, 3]])
     with (
-        attach(model, Fastv(Budget.parse("25%")).program(model.decoder_facts)),
+        attach(model, Fastv(Budget.parse("25%")).program(model.facts)),
         pytest.raises(ModelError, match="only as a part of its vision-language model"),
     ):
         model.language(input_ids=tokens)

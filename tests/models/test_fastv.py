@@ -12,17 +12,18 @@ from vlm.models.pruners.stride import Stride
 KINDS = ["llama", "qwen2", "qwen3", "mistral"]
 
 
-def fastv_cut(image_of, layer, keep):
+def fastv_cut(image_of, layer, keep, answer=0):
     """FastV as in the paper: mean over heads of the last row's attention in the layer before, text always kept.
 
-    Tokens that were generated later are text as well; the score is that of the last prompt token.
+    Tokens that were generated later are text as well; the score is that of the last prompt token. In training the
+    last ``answer`` tokens are the answer, which does not ask.
     """
     prompt = len(image_of)
 
     def cut(number, place, attention):
         if number != layer:
             return None
-        score = attention[:, prompt - 1].mean(0)[:prompt].masked_fill(image_of < 0, -1)
+        score = attention[:, prompt - answer - 1].mean(0)[:prompt].masked_fill(image_of < 0, -1)
         kept = score.argsort(descending=True, stable=True)[:keep]
         text = torch.nonzero(image_of < 0).flatten()
         return torch.cat([kept, text, torch.arange(prompt, len(place))]).sort().values
@@ -34,7 +35,7 @@ def fastv_cut(image_of, layer, keep):
 @pytest.mark.parametrize("layer", [1, 2, 3])
 def test_fastv_equals_the_dense_procedure(make_model, batch, spliced, by_hand, kind, layer):
     model, inputs = make_model(kind), batch("tt#ttt", "t#t#t")
-    with torch.no_grad(), attach(model, Fastv(Budget.parse("25%"), layer).program(model.decoder_facts)):
+    with torch.no_grad(), attach(model, Fastv(Budget.parse("25%"), layer).program(model.facts)):
         out = model(inputs)
         for b in range(2):
             x, image_of, _ = spliced(model, inputs, b)
@@ -47,7 +48,7 @@ def test_fastv_equals_the_dense_procedure(make_model, batch, spliced, by_hand, k
 def test_fastv_decoding_equals_recomputing_the_whole_sequence(make_model, batch, spliced, by_hand):
     model, inputs = make_model(), batch("tt#ttt", "t#", "#t##tt")
     more = torch.randint(0, 40, (3, 4))
-    with torch.no_grad(), attach(model, Fastv(Budget.parse("25%")).program(model.decoder_facts)):
+    with torch.no_grad(), attach(model, Fastv(Budget.parse("25%")).program(model.facts)):
         logits, stream = model.prefill(inputs)
         for step in range(5):
             for b in range(3):
@@ -61,7 +62,7 @@ def test_fastv_decoding_equals_recomputing_the_whole_sequence(make_model, batch,
 
 def test_the_cache_is_shorter_from_the_cut_on(make_model, batch):
     model, inputs = make_model(), batch("tt#ttt")
-    with torch.no_grad(), attach(model, Fastv(Budget.parse("25%")).program(model.decoder_facts)):
+    with torch.no_grad(), attach(model, Fastv(Budget.parse("25%")).program(model.facts)):
         _, stream = model.prefill(inputs)
         assert [stream.cache.get_seq_length(layer) for layer in range(4)] == [41, 41, 14, 14]
         assert stream.run.visual_tokens(4) == [36, 36, 9, 9]
@@ -74,21 +75,21 @@ def test_the_cache_is_shorter_from_the_cut_on(make_model, batch):
 def test_the_score_is_of_the_last_valid_row_under_right_padding(make_model, batch, alone):
     # official code reads row -1, which is padding in a right-padded batch
     model, inputs = make_model(), batch("tt#t", "tttttttttt#t")
-    with attach(model, Fastv(Budget.parse(6)).program(model.decoder_facts)):
+    with attach(model, Fastv(Budget.parse(6)).program(model.facts)):
         together, single = model(inputs).layout, model(alone(inputs, 0)).layout
     kept = together.valid[0]
     assert torch.equal(together.row[0, kept], single.row[0]) and torch.equal(together.col[0, kept], single.col[0])
 
 
 def test_fastv_gradients_equal_those_of_the_dense_procedure(make_model, batch, spliced, by_hand):
-    model, inputs = make_model().train(), batch("tt#tt")
-    weights = torch.tensor([[0.0, 0.0, 0.0, 1.0, 0.5]])
-    with attach(model, Fastv(Budget.parse("25%")).program(model.decoder_facts)):
+    model, inputs = make_model().train(), batch("tt#ttt")
+    weights = torch.tensor([[0.0, 0.0, 0.0, 0.0, 1.0, 0.5]])
+    with attach(model, Fastv(Budget.parse("25%")).program(model.facts)):
         model(inputs, weights).loss.backward()
     mine = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     x, image_of, token_of = spliced(model, inputs)
-    log_p = by_hand(model, x, cut=fastv_cut(image_of, 2, 9)).log_softmax(-1)
+    log_p = by_hand(model, x, cut=fastv_cut(image_of, 2, 9, answer=2)).log_softmax(-1)
     (-log_p[-3, token_of[-2]] - 0.5 * log_p[-2, token_of[-1]]).backward()
     for name, p in model.named_parameters():
         scale = p.grad.abs().max().item()  # the loss is summed in single precision
@@ -102,7 +103,7 @@ def test_a_cut_before_the_language_model_equals_the_shorter_sequence(
 ):
     # one row and no padding: position ids with jumps must not be read as packed samples
     model, inputs = make_model(), batch("tt#ttt")
-    with torch.no_grad(), attach(model, method(Budget.parse("25%"), position=position).program(model.decoder_facts)):
+    with torch.no_grad(), attach(model, method(Budget.parse("25%"), position=position).program(model.facts)):
         out = model(inputs)
         logits, stream = model.prefill(inputs)
         after = model.step(stream, torch.tensor([7]))
@@ -122,7 +123,7 @@ def test_a_cut_before_the_language_model_equals_the_shorter_sequence(
 
 def test_stride_keeps_even_places_of_the_grid(make_model, batch):
     model = make_model()
-    with attach(model, Stride(Budget.parse(9)).program(model.decoder_facts)):
+    with attach(model, Stride(Budget.parse(9)).program(model.facts)):
         layout = model(batch("t#t")).layout
     seen = layout.visual[0]
     assert (layout.row[0, seen] * 6 + layout.col[0, seen]).tolist() == list(range(2, 36, 4))

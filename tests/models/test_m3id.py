@@ -9,7 +9,7 @@ from vlm.models.mitigators.m3id import M3id
 from vlm.models.program.attach import attach
 from vlm.models.program.budget import Budget
 from vlm.models.program.decode import generate
-from vlm.models.program.program import Decoder
+from vlm.models.program.signals import Facts
 from vlm.models.pruners.fastv import Fastv
 
 
@@ -50,7 +50,7 @@ def test_identical_streams_are_plain_decoding(make_model, batch):
     # without an image both streams read the same prompt
     model, inputs = make_model(), batch("tttt", "tt")
     plain = generate(model, inputs, max_new_tokens=10, stop=99)
-    with attach(model, M3id(decay=1.0, tau=1.1).program(model.decoder_facts)):
+    with attach(model, M3id(decay=1.0, tau=1.1).program(model.facts)):
         assert generate(model, inputs, max_new_tokens=10, stop=99) == plain
 
 
@@ -58,8 +58,8 @@ def test_identical_streams_are_plain_decoding(make_model, batch):
 def test_generation_equals_recomputing_both_streams(make_model, batch, alone, cut):
     model, inputs = make_model(), batch("tt#ttt", "t#t#tt", "tttt", "#ttttttt")
     method = M3id(decay=0.5, tau=0.9)
-    pruner = Fastv(Budget.parse("25%")).program(model.decoder_facts) if cut else ()
-    with attach(model, pruner + method.program(model.decoder_facts)):
+    pruner = Fastv(Budget.parse("25%")).program(model.facts) if cut else ()
+    with attach(model, pruner + method.program(model.facts)):
         answers = generate(model, inputs, max_new_tokens=6, stop=99)
     with attach(model, pruner):
         plain = generate(model, inputs, max_new_tokens=6, stop=99)
@@ -84,6 +84,6 @@ def test_generation_equals_recomputing_both_streams(make_model, batch, alone, cu
 
 
 def test_neutral_settings_are_empty():
-    facts = Decoder(layers=4, width=32)
+    facts = Facts(layers=4, width=32)
     assert M3id(decay=0).program(facts) == () == M3id(tau=0).program(facts)
     assert len(M3id().program(facts)) == 1

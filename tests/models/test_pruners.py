@@ -45,7 +45,7 @@ def test_the_folder_was_found():
 def test_keeps_exactly_the_budget_in_order_and_all_text(make_model, batch, name, keep):
     model, inputs = make_model(), batch(*ROWS)
     method = pruner(name)(keep=Budget.parse(keep))
-    with attach(model, method.program(model.decoder_facts)):
+    with attach(model, method.program(model.facts)):
         layout = model(inputs).layout
     for b, row in enumerate(ROWS):
         images = row.count("#")
@@ -61,7 +61,7 @@ def test_keeps_exactly_the_budget_in_order_and_all_text(make_model, batch, name,
 def test_a_sample_is_cut_the_same_alone_and_in_a_batch(make_model, batch, alone, name):
     model, inputs = make_model(), batch(*ROWS)
     method = pruner(name)(keep=Budget.parse("25%"))
-    with attach(model, method.program(model.decoder_facts)), torch.no_grad():
+    with attach(model, method.program(model.facts)), torch.no_grad():
         together, (logits, stream) = model(inputs), model.prefill(inputs)
         steps = [model.step(stream, torch.full((4,), token)) for token in (3, 5)]
         for b in range(4):
@@ -80,7 +80,7 @@ def test_a_sample_is_cut_the_same_alone_and_in_a_batch(make_model, batch, alone,
 def test_training_and_generation_make_the_same_choice(make_model, batch, name):
     model, inputs = make_model(), batch("t#tttt", "#t#ttt")
     method = pruner(name)(keep=Budget.parse("25%"))
-    with attach(model, method.program(model.decoder_facts)):
+    with attach(model, method.program(model.facts)):
         trained, (_, stream) = model.train()(inputs), model.eval().prefill(inputs)
         for b in range(2):
             assert images_kept(trained.layout, b) == images_kept(stream.run.last, b)
@@ -91,7 +91,7 @@ def test_training_and_generation_make_the_same_choice(make_model, batch, name):
 def test_position_ids(make_model, batch, name, position):
     model, inputs = make_model(), batch(*ROWS)
     method = pruner(name)(keep=Budget.parse("25%"), position=position)
-    with attach(model, method.program(model.decoder_facts)), torch.no_grad():
+    with attach(model, method.program(model.facts)), torch.no_grad():
         before = model(inputs._replace(images=inputs.images[:0], owner=inputs.owner[:0], tokens=inputs.tokens.abs()))
         cut = model(inputs).layout
         _, stream = model.prefill(inputs)
@@ -115,7 +115,7 @@ def test_position_ids(make_model, batch, name, position):
 def test_gradients_reach_the_kept_features(make_model, batch, name):
     model, inputs = make_model().train(), batch(*ROWS)
     method = pruner(name)(keep=Budget.parse("25%"))
-    program = method.program(model.decoder_facts)
+    program = method.program(model.facts)
     features: list[torch.Tensor] = []
 
     def keep_gradient(module: Any, args: Any, found: Any) -> None:
@@ -142,8 +142,8 @@ def test_gradients_reach_the_kept_features(make_model, batch, name):
 @pytest.mark.parametrize("mitigator", [Var(tau=2.0, taken=0.9, image_min=0.0, rho=0.0), M3id(decay=1.0, tau=1.1)])
 def test_composes_with_a_mitigator(make_model, batch, alone, name, mitigator):
     model, inputs = make_model(), batch(*ROWS)
-    cut = pruner(name)(keep=Budget.parse("25%")).program(model.decoder_facts)
-    both = cut + mitigator.program(model.decoder_facts)
+    cut = pruner(name)(keep=Budget.parse("25%")).program(model.facts)
+    both = cut + mitigator.program(model.facts)
     with attach(model, cut):
         plain = generate(model, inputs, max_new_tokens=8, stop=99)
         plain_layout = model(inputs).layout
@@ -159,7 +159,7 @@ def test_composes_with_a_mitigator(make_model, batch, alone, name, mitigator):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_program_is_one_cut_at_a_known_site(make_model, name):
-    facts = make_model().decoder_facts
+    facts = make_model().facts
     program = pruner(name)(keep=Budget.parse("25%")).program(facts)
     assert all(isinstance(op, Select) or site == attn(site.layer) for site, op in program)
     assert pruner(name)(keep=Budget.parse("100%")).program(facts) == ()
@@ -171,7 +171,7 @@ def test_a_larger_budget_keeps_a_superset(make_model, batch, name):
     model, inputs = make_model(), batch("tt#ttt", "t#t#tt")
     kept: list[list[set]] = []
     for tokens in (2, 5, 9, 20):
-        with attach(model, pruner(name)(keep=Budget.parse(tokens)).program(model.decoder_facts)):
+        with attach(model, pruner(name)(keep=Budget.parse(tokens)).program(model.facts)):
             layout = model(inputs).layout
         kept.append([set(images_kept(layout, b)) for b in range(2)])
     for smaller, larger in pairwise(kept):

@@ -7,7 +7,7 @@ from vlm.models.errors import ModelError
 from vlm.models.mitigators.var import Var
 from vlm.models.program.attach import attach
 from vlm.models.program.budget import Budget
-from vlm.models.program.program import Decoder
+from vlm.models.program.signals import Facts
 from vlm.models.pruners.fastv import Fastv
 
 
@@ -60,7 +60,7 @@ def test_equals_the_dense_procedure_in_prefill_and_decoding(make_model, batch, s
     model, inputs, method = make_model(kv_heads=kv_heads), batch("tt#ttt", "t#t#", "tt", "#ttttt"), METHODS[name]
     more = torch.randint(0, 40, (4, 3))
     changed = []
-    with torch.no_grad(), attach(model, method.program(model.decoder_facts)):
+    with torch.no_grad(), attach(model, method.program(model.facts)):
         out = model(inputs)
         logits, stream = model.prefill(inputs)
         for step in range(4):
@@ -82,7 +82,7 @@ def test_equals_the_dense_procedure_in_prefill_and_decoding(make_model, batch, s
 
 def test_an_image_that_fastv_has_cut(make_model, batch, spliced, by_hand):
     model, inputs, method = make_model(), batch("tt#ttt", "t#t#tt"), Var(tau=2.4, rho=0.0)
-    program = Fastv(Budget.parse("50%")).program(model.decoder_facts) + method.program(model.decoder_facts)
+    program = Fastv(Budget.parse("50%")).program(model.facts) + method.program(model.facts)
     more = torch.randint(0, 40, (2, 3))
     changed = []
     with torch.no_grad(), attach(model, program):
@@ -111,7 +111,7 @@ def test_an_image_that_fastv_has_cut(make_model, batch, spliced, by_hand):
 def test_rows_up_to_the_image_and_rows_without_one_stay(make_model, batch):
     model, inputs = make_model(), batch("tt#ttt", "tttt", "t#t#tt")
     bare = model(inputs)
-    with attach(model, Var(tau=2.2, rho=0.0, image_min=0.0).program(model.decoder_facts)):
+    with attach(model, Var(tau=2.2, rho=0.0, image_min=0.0).program(model.facts)):
         out = model(inputs)
     after = out.layout.last(out.layout.visual)
     places = torch.arange(out.hidden.shape[1])
@@ -132,7 +132,7 @@ def test_sinks_are_found_in_each_layer(make_model, batch, spliced, by_hand):
         frozen.append(x)
         return edit(layer, frozen[2] if layer == 3 else x, place, attention)
 
-    with torch.no_grad(), attach(model, method.program(model.decoder_facts)):
+    with torch.no_grad(), attach(model, method.program(model.facts)):
         logits, _ = model.prefill(inputs)
         torch.testing.assert_close(logits[0], by_hand(model, x, edit=edit)[-1], rtol=0, atol=1e-6)
         wrong = by_hand(model, x, edit=with_sinks_of_layer_2)[-1]
@@ -144,17 +144,17 @@ def test_no_sinks_changes_nothing(make_model, batch):
     # an entry of a normalised state of width 32 is at most sqrt(32) = 5.66
     model, inputs = make_model(), batch("tt#ttt")
     bare = model(inputs)
-    with attach(model, Var(tau=5.7).program(model.decoder_facts)):
+    with attach(model, Var(tau=5.7).program(model.facts)):
         torch.testing.assert_close(model(inputs).hidden, bare.hidden, rtol=0, atol=1e-9)
 
 
 def test_a_sink_dimension_that_the_model_lacks_is_refused():
     with pytest.raises(ModelError, match=r"var.dims: the language model has dimensions 0..31; found 2533"):
-        Var(dims=(3, 2533)).program(Decoder(layers=4, width=32))
+        Var(dims=(3, 2533)).program(Facts(layers=4, width=32))
 
 
 def test_the_settings_that_move_nothing_are_empty():
-    facts = Decoder(layers=4, width=32)
+    facts = Facts(layers=4, width=32)
     assert Var(taken=0.0).program(facts) == () == Var(taken=1.0, semantics="code").program(facts)
     assert [site.layer for site, _ in Var().program(facts)] == [2]
     assert [site.layer for site, _ in Var(skip_last=False).program(facts)] == [2, 3]

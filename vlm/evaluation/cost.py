@@ -20,7 +20,7 @@ def layer_flops(tokens: float, width: int, mlp: int) -> float:
 def prompt_cost(model: VisionLanguageModel, inputs: Inputs) -> dict[str, Any]:
     """Mean cost of a prompt of ``inputs`` under the attached program, summed over its decode streams."""
     config: Any = model.language.config
-    layers, width = model.decoder_facts.layers, model.decoder_facts.width
+    layers, width = model.facts.layers, model.facts.width
     head = getattr(config, "head_dim", None) or width // config.num_attention_heads
     _, streams = open_streams(model, inputs)
     flops = cache = 0.0

@@ -67,7 +67,7 @@ def evaluate(recipe: Recipe, model: VisionLanguageModel, tokenizer: PreTrainedTo
     results = []
     plain: dict[str, dict[str, str]] = {}  # the answers without any method, which the others are paired with
     for row in rows:
-        with attach(model, program_of(row, model.decoder_facts)):
+        with attach(model, program_of(row, model.facts)):
             result, answers = _evaluate_row(row, model, benches, plain, tick)
         results.append(result)
         if row.prune is None and not row.mitigate:

@@ -13,7 +13,8 @@ from vlm.evaluation.answer import Asker, Prompt
 from vlm.models.program.attach import attach
 from vlm.models.program.decode import generate, open_streams
 from vlm.models.program.layout import Layout
-from vlm.models.program.program import Program, Received, Tap, attn
+from vlm.models.program.program import Program, Tap, attn
+from vlm.models.program.signals import Received
 from vlm.models.vision_language import VisionLanguageModel
 from vlm.recipe import Recipe
 
@@ -55,7 +56,7 @@ def draw_pictures(
         return {"items": []}
     chosen = list(range(min(recipe.evaluate.pictures, len(bench.questions))))
     prompts = [bench.prompts[i] for i in chosen]
-    views = [_view(row, model, bench, prompts, program_of(row, model.decoder_facts)) for row in rows]
+    views = [_view(row, model, bench, prompts, program_of(row, model.facts)) for row in rows]
     items = []
     for i in chosen:
         question = bench.questions[i]
@@ -75,7 +76,7 @@ def _view(
     inputs = asker.inputs(prompts)
     grid = model.visual_grid
     gaze = Gaze(len(prompts), grid)
-    with attach(model, program + gaze.taps(model.decoder_facts.layers)):
+    with attach(model, program + gaze.taps(model.facts.layers)):
         tokens = generate(model, inputs, max_new_tokens=prompts[0].max_new_tokens, stop=asker.stop)
         layout = open_streams(model, inputs)[1]["main"].run.last
     answers = [text.strip() for text in asker.tokenizer.batch_decode(tokens, skip_special_tokens=True)]

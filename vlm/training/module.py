@@ -127,7 +127,7 @@ class TrainingModule(LightningModule):
         methods = self._methods_at(batch.step)
         if methods != self._methods:
             self.detach()
-            program = tuple(pair for method in methods for pair in method.program(self.model.decoder_facts))
+            program = tuple(pair for method in methods for pair in method.program(self.model.facts))
             self._attached.enter_context(attach(self.model, program))
             self._methods = methods
 

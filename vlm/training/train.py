@@ -191,10 +191,13 @@ def _train_stage(
         tolerance,
     )
     trainer = _trainer(recipe, number, stage, steps, accumulate, resumed)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(recipe.run.threads or threads)  # of training: an evaluation takes all there are
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resumed.path if resumed else None, weights_only=True)
     finally:
         module.detach()
+        torch.set_num_threads(threads)
     if trainer.interrupted:
         raise KeyboardInterrupt
 
@@ -225,8 +228,6 @@ def _trainer(
         callbacks.append(Trace(number, folder / "samples.jsonl"))
     files = checkpoints.Files()
     callbacks.append(Save(number, stage.name, steps, folder / "checkpoints", run.save.every, run.save.keep, files))
-    if run.threads:
-        torch.set_num_threads(run.threads)
     return Trainer(
         accelerator="auto",
         devices=run.devices,

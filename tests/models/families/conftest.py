@@ -183,7 +183,7 @@ def everything_kept_is_the_bare_model(case: Case) -> None:
     with attach(case.ours, tuple((site, Select(Budget.parse("100%"), even_stride())) for site in sites)):
         assert torch.equal(case.ours.prefill(inputs)[0], plain)
     for method in (Random, Divprune):
-        with attach(case.ours, method(keep=Budget.parse("100%")).program(case.ours.decoder_facts)):
+        with attach(case.ours, method(keep=Budget.parse("100%")).program(case.ours.facts)):
             assert torch.equal(case.ours.prefill(inputs)[0], plain)
 
 
@@ -261,7 +261,7 @@ def a_sample_alone_equals_the_sample_in_a_batch(case: Case) -> None:
     )
     try:
         for method in programs:
-            with attach(model, method.program(model.decoder_facts) if method else ()):
+            with attach(model, method.program(model.facts) if method else ()):
                 together, stream = model.prefill(model.inputs(case.batch(double=True)))
                 more = torch.tensor([5, 6, 7])
                 after = model.step(stream, more)

@@ -33,6 +33,6 @@ def test_gemma3(check, case):
 
 
 def test_cuts_between_sliding_layers_are_refused(case):
-    program = Fastv(Budget.parse("50%"), 1).program(case.ours.decoder_facts)
+    program = Fastv(Budget.parse("50%"), 1).program(case.ours.facts)
     with pytest.raises(ModelError, match="full attention"), attach(case.ours, program):
         pass

@@ -17,7 +17,8 @@ from transformers import (
 from vlm.models.errors import ModelError
 from vlm.models.mitigators.var import Var
 from vlm.models.program.attach import attach
-from vlm.models.program.program import Decoder, attn
+from vlm.models.program.program import attn
+from vlm.models.program.signals import Facts
 
 
 @pytest.fixture(scope="module", params=["gemma", "gemma2"])
@@ -67,6 +68,6 @@ def test_a_suffix_is_causal(case, tiny):
 
 
 def test_rules_on_attention_are_refused(case):
-    rule = Var().program(Decoder(layers=4, width=32))[0][1]
+    rule = Var().program(Facts(layers=4, width=32))[0][1]
     with pytest.raises(ModelError, match="read in both directions"), attach(case.ours, ((attn(1), rule),)):
         pass

@@ -47,6 +47,6 @@ def test_qwen2_vl(check, case):
 
 
 def test_new_position_ids_are_refused(case):
-    program = Stride(keep=Budget.parse("50%"), position="reindex").program(case.ours.decoder_facts)
+    program = Stride(keep=Budget.parse("50%"), position="reindex").program(case.ours.facts)
     with pytest.raises(ModelError, match="set position: keep"), attach(case.ours, program):
         pass

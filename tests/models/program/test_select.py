@@ -102,7 +102,9 @@ def test_every_nth_as_prumerge_plus_counts():
     ("n", "count", "kept"), [(8, 2, [2, 6]), (9, 3, [1, 4, 7]), (5, 4, [0, 1, 3, 4]), (3, 3, [0, 1, 2])]
 )
 def test_stride_by_definition(n, count, kept):
-    tokens = Tokens(torch.zeros(1, n, 1), torch.ones(1, n, dtype=torch.bool), torch.zeros(1, dtype=torch.long), _none)
+    tokens = Tokens.of_images(
+        torch.zeros(1, n, 1), torch.ones(1, n, dtype=torch.bool), torch.zeros(1, dtype=torch.long), _none
+    )
     chosen = even_stride().choose(tokens, torch.tensor([count]))
     assert marked(chosen) == kept == [int((i + 0.5) * n / count) for i in range(count)]
 
@@ -115,7 +117,7 @@ def test_random_is_uniform_over_tokens_and_follows_the_seed():
         assert torch.equal(chosen, top(random_scores(valid, torch.tensor([pixels]), 0), valid, torch.tensor([2])))
         hits += chosen[0]
     assert (hits - 200).abs().max() < 60  # five standard deviations: sqrt(600 * 1/3 * 2/3) = 11.5
-    tokens = Tokens(torch.zeros(1, 99, 1), torch.ones(1, 99, dtype=torch.bool), torch.tensor([5]), _none)
+    tokens = Tokens.of_images(torch.zeros(1, 99, 1), torch.ones(1, 99, dtype=torch.bool), torch.tensor([5]), _none)
     draws = [uniform_random(seed).choose(tokens, torch.tensor([40])) for seed in (0, 1)]
     assert not torch.equal(*draws)
 
@@ -127,7 +129,7 @@ def _none(signal: object) -> Tensor:
 @pytest.mark.parametrize("name", SELECTORS)
 @pytest.mark.parametrize("counts", [[5, 7], [7, 5], [8, 4], [1, 8], [9, 99]])
 def test_segments_may_keep_different_numbers(name, counts):
-    tokens = Tokens(torch.randn(2, 8, 4), torch.ones(2, 8, dtype=torch.bool), torch.tensor([3, 4]), _none)
+    tokens = Tokens.of_images(torch.randn(2, 8, 4), torch.ones(2, 8, dtype=torch.bool), torch.tensor([3, 4]), _none)
     chosen = SELECTORS[name].choose(tokens, torch.tensor(counts))
     assert chosen.sum(1).tolist() == [min(count, 8) for count in counts]
 
@@ -144,12 +146,12 @@ def test_segments_of_any_length_do_not_see_each_other(name, data):
     valid = torch.zeros(len(lengths), width, dtype=torch.bool)
     for s, n in enumerate(lengths):
         valid[s, torch.randperm(width, generator=g)[:n]] = True
-    chosen = SELECTORS[name].choose(Tokens(x, valid, seed, _none), torch.tensor(counts))
+    chosen = SELECTORS[name].choose(Tokens.of_images(x, valid, seed, _none), torch.tensor(counts))
     assert chosen.sum(1).tolist() == counts
     assert not (chosen & ~valid).any()
     for s, n in enumerate(lengths):
         if n:
-            own = Tokens(x[s : s + 1, valid[s]], torch.ones(1, n, dtype=torch.bool), seed[s : s + 1], _none)
+            own = Tokens.of_images(x[s : s + 1, valid[s]], torch.ones(1, n, dtype=torch.bool), seed[s : s + 1], _none)
             single = SELECTORS[name].choose(own, torch.tensor(counts[s : s + 1]))
             assert torch.equal(chosen[s, valid[s]], single[0])
 
