@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from vlm.models.program.attach import Engine
 from vlm.models.program.layout import Layout, Side, compact
 from vlm.models.program.run import Run
+from vlm.models.program.shape import DecoderShape
 from vlm.models.program.signals import Facts, Vision
 
 
@@ -60,7 +61,21 @@ class BaseVlm(nn.Module):
     @property
     def facts(self) -> Facts:
         config: Any = self.decoder.config
-        return Facts(config.num_hidden_layers, config.hidden_size, self.refuses, self.vision_facts)
+        heads = config.num_attention_heads
+        shape = DecoderShape(
+            layers=config.num_hidden_layers,
+            width=config.hidden_size,
+            mlp=config.intermediate_size,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            itemsize=next(self.parameters()).itemsize,
+        )
+        return Facts(shape.layers, shape.width, self.refuses, self.vision_facts, self.visual_tokens, shape)
+
+    @property
+    def visual_tokens(self) -> int | None:
+        """Visual tokens of an image before any cut; None where that depends on the image."""
+        return None
 
     @property
     def vision_facts(self) -> Vision | None:

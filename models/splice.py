@@ -17,7 +17,8 @@ class Visual:
     """The visual tokens of a batch's images: features and their places in each image's grid.
 
     features [images, tokens, width]; place [images, tokens] raster index in ``grid``; valid marks real tokens
-    (images may keep different numbers after a cut). Image i belongs to row owner[i]; owners ascend.
+    (images may keep different numbers after a cut). Image i belongs to row owner[i]; owners ascend. whole: positions
+    are counted as if every place of the grid were there.
     """
 
     def __init__(
@@ -27,9 +28,10 @@ class Visual:
         owner: Int[Tensor, " images"],
         place: Int[Tensor, "images tokens"] | None = None,
         valid: Bool[Tensor, "images tokens"] | None = None,
+        whole: bool = False,
     ) -> None:
         count = features.shape[:2]
-        self.features, self.grid, self.owner = features, grid, owner
+        self.features, self.grid, self.owner, self.whole = features, grid, owner, whole
         everywhere = torch.arange(count[1], device=features.device).expand(count)
         self.place = everywhere if place is None else place
         self.valid = torch.ones(count, dtype=torch.bool, device=features.device) if valid is None else valid
@@ -66,7 +68,8 @@ def splice(
 ) -> tuple[Float[Tensor, "batch spliced width"], Layout]:
     """Replace each placeholder by its image's tokens; rows are padded to one length on ``side``.
 
-    Returns the embeddings and the layout of the spliced sequence (positions 0, 1, 2 ... in each row).
+    Returns the embeddings and the layout of the spliced sequence (positions 0, 1, 2 ... in each row; with gaps where
+    ``visual.whole`` counts tokens that are gone).
     """
     batch, length = tokens.shape
     device = tokens.device
@@ -85,6 +88,10 @@ def splice(
     spliced = int(totals.max()) if batch else 0
     column = torch.arange(len(origin), device=device) - (totals.cumsum(0) - totals)[row]  # place in its row
     position = column
+    size = visual.grid[0] * visual.grid[1]
+    if visual.whole:
+        uncut = torch.where(is_image, size, text_valid.long())  # [B,L] tokens there would be
+        position = (uncut.cumsum(1) - uncut).flatten()[origin]
     if side == "left":
         column = column + spliced - totals[row]
 
@@ -98,6 +105,7 @@ def splice(
         features = visual.features[image.clamp_min(0), picked].to(values.dtype)
         values = torch.where(from_image[:, None], features, values)
         raster = torch.where(from_image, visual.place[image.clamp_min(0), picked], -1)
+        position = position + raster.clamp_min(0) if visual.whole else position
 
     def fill(value: Tensor, empty: int) -> Tensor:
         out = torch.full((batch, spliced), empty, dtype=torch.long, device=device)

@@ -85,7 +85,8 @@ class VisionLanguageModel(BaseVlm):
         if cut is None:
             return Visual(self.connector(found.tokens, found.grid), self.visual_grid, inputs.owner)
         features = cut.features.to(found.tokens.dtype)
-        return Visual(self.connector(features, found.grid), self.visual_grid, inputs.owner, cut.place, cut.valid)
+        projected = self.connector(features, found.grid)
+        return Visual(projected, self.visual_grid, inputs.owner, cut.place, cut.valid, engine.position == "keep")
 
     def _enter(self, inputs: Inputs, side: Side | None) -> tuple[Tensor, Run]:
         side = side or "right"

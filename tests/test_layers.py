@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "vlm": {"vlm", "models", "data", "kernels"},
 }
 LINKED = ("models", "data", "kernels")
-METHOD_FOLDERS = ("pruners", "mitigators", "backbones", "connectors")
+METHOD_FOLDERS = ("pruners", "kv", "mitigators", "backbones", "connectors")
 NEVER_IMPORTED = {"models", "data", "kernels", "recipes", "tests", "tools"}
 
 

@@ -18,6 +18,7 @@ KINDS = {
     "vision": "encoder",
     "connector": "connector",
     "prune": "pruner",
+    "kv": "cache policy",
     "mitigate": "mitigator",
     "objective": "objective",
     "benchmark": "benchmark",

@@ -74,8 +74,9 @@ def build_encoder(
 
 
 def program_of(row: Comparison, facts: Facts) -> Program:
-    """The program of one row of a comparison: its pruner, then its mitigators."""
+    """The program of one row of a comparison: its pruner, its cache policy, then its mitigators."""
     methods: list[Any] = [create("prune", row.prune)] if row.prune else []
+    methods += [create("kv", row.kv)] if row.kv else []
     methods += [create("mitigate", method) for method in row.mitigate]
     return tuple(pair for method in methods for pair in method.program(facts))
 

@@ -25,6 +25,7 @@ FOLDERS = {
     "vision": "models/backbones",
     "connector": "models/connectors",
     "prune": "models/pruners",
+    "kv": "models/kv",
     "mitigate": "models/mitigators",
     "objective": "objectives",
     "benchmark": "data/benchmarks",

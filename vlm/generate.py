@@ -7,7 +7,6 @@ from vlm.data.errors import DataError
 from vlm.evaluation.answer import Asker, Prompt
 from vlm.models.program.attach import attach
 from vlm.recipe import Recipe
-from vlm.recipe.schema import Comparison
 from vlm.training.train import trained_weights
 
 
@@ -21,5 +20,5 @@ def generate(recipe: Recipe, image: Path, prompt: str, max_new_tokens: int = 64)
     model.to(device()).eval()
     asker = Asker(model, tokenizer, build_encoder(recipe, model, tokenizer), lambda key: Path(key).read_bytes(), 1)
     asked = Prompt(str(image), prompt, max_new_tokens)
-    with attach(model, program_of(Comparison(prune=recipe.prune, mitigate=recipe.mitigate), model.facts)):
+    with attach(model, program_of(recipe.own, model.facts)):
         return asker([asked], lambda count: None)[asked]

@@ -13,7 +13,6 @@ from vlm.models.program.program import Program, Select
 from vlm.models.program.signals import Facts
 from vlm.models.vision_language import VisionLanguageModel
 from vlm.recipe import Recipe, RecipeError
-from vlm.recipe.schema import Comparison
 from vlm.training.module import PARTS
 
 TEXT_TOKENS = 64  # a typical prompt, for the FLOPs of a row
@@ -21,7 +20,7 @@ TEXT_TOKENS = 64  # a typical prompt, for the FLOPs of a row
 
 def programs_of(recipe: Recipe, facts: Facts) -> dict[str, Program]:
     """Every program that the recipe will attach, by the title of its row."""
-    rows = (Comparison(prune=recipe.prune, mitigate=recipe.mitigate, label="the recipe's own"), *recipe.comparisons)
+    rows = (recipe.own.model_copy(update={"label": "the recipe's own"}), *recipe.comparisons)
     return {row.title: program_of(row, facts) for row in rows}
 
 

@@ -19,12 +19,15 @@ class ConvVit(TimmEncoder):
     Args:
         image: side of the input in pixels, a multiple of 8.
         dim: width of the tokens. depth: number of blocks. heads: attention heads.
+        class_token: a token before the patches, as CLIP has one, for pruners that go by its attention.
     """
 
     source: ClassVar[str] = "timm VisionTransformer; Early Convolutions (NeurIPS 2021), section 4"
     verified: ClassVar[str] = "library"
 
-    def __init__(self, image: int = 48, dim: int = 64, depth: int = 2, heads: int = 4) -> None:
+    def __init__(
+        self, image: int = 48, dim: int = 64, depth: int = 2, heads: int = 4, class_token: bool = False
+    ) -> None:
         stem = nn.Sequential(
             nn.Conv2d(3, 24, 3, stride=2, padding=1),
             nn.GELU(),
@@ -40,7 +43,7 @@ class ConvVit(TimmEncoder):
             num_heads=heads,
             num_classes=0,
             global_pool="",
-            class_token=False,
+            class_token=class_token,
             mlp_ratio=3,
             embed_layer=partial(HybridEmbed, backbone=stem, proj=False),
         )

@@ -1,26 +1,41 @@
 """How many visual tokens a pruner may keep."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 from jaxtyping import Int
 from torch import Tensor
+
+Meaning = Literal["final", "after_layer", "average", "flops", "kv_bytes"]
 
 
 @dataclass(frozen=True)
 class Budget:
     """A share of the visual tokens of each image, or a number of tokens for each image.
 
-    In a recipe ``25%``, ``0.25``, ``100%`` and ``1.0`` are shares; ``64`` and ``1`` are token counts.
+    In a recipe ``25%``, ``0.25``, ``100%`` and ``1.0`` are shares; ``64`` and ``1`` are token counts. Both mean the
+    tokens that are left after the last cut. Other meanings are named: ``{average: 192}`` tokens over the decoder's
+    layers, ``{after_layer: 64}`` after the first cut, ``{flops: 40%}`` and ``{kv_bytes: 30%}`` of an unpruned prompt
+    (numbers are multiply-accumulates and bytes).
     """
 
     ratio: float | None = None
     tokens: int | None = None
+    meaning: Meaning = "final"
 
     @classmethod
-    def parse(cls, value: "str | int | float | Budget") -> "Budget":
+    def parse(cls, value: "str | int | float | Mapping[str, Any] | Budget") -> "Budget":
         """Read a recipe value. Raises ValueError for anything but a share in (0, 1] or a positive count."""
         if isinstance(value, Budget):
             return value
+        if isinstance(value, Mapping):
+            meanings: tuple[Meaning, ...] = get_args(Meaning)
+            found: list[Meaning] = [meaning for meaning in meanings if meaning in value]
+            if len(value) != 1 or not found:
+                raise ValueError(f"expected one of {', '.join(meanings)} and its value; found {dict(value)!r}")
+            plain = cls.parse(value[found[0]])
+            return cls(plain.ratio, plain.tokens, found[0])
         text = str(value).strip()
         try:
             if text.endswith("%"):
@@ -54,4 +69,5 @@ class Budget:
         return tokens.new_tensor([self.of(*pair) for pair in pairs])
 
     def __str__(self) -> str:
-        return f"{self.tokens}" if self.tokens is not None else f"{100 * (self.ratio or 0):g}%"
+        amount = f"{self.tokens}" if self.tokens is not None else f"{100 * (self.ratio or 0):g}%"
+        return amount if self.meaning == "final" else f"{self.meaning} {amount}"

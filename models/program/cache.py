@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from vlm.models.program.budget import Budget
 from vlm.models.program.layout import Layout, compact
 from vlm.models.program.signals import Attention, Signal
 
@@ -125,3 +126,9 @@ def shorten(cache_layer: Any, held: Held, keep: Bool[Tensor, "batch kv_heads ent
     cache_layer.keys = gather_entries(cache_layer.keys, index)
     cache_layer.values = gather_entries(cache_layer.values, index)
     return Held(held.place.gather(2, index), real)
+
+
+def capacity(keep: Budget, entries: Entries) -> Int[Tensor, " batch"]:
+    """Entries that each head of the layer may keep in each sample: of what the prompt's own layer holds."""
+    prompt = entries.layout.valid.sum(1)
+    return keep.count(prompt, torch.ones_like(prompt))

@@ -5,7 +5,7 @@ there. :mod:`vlm.models.program.attach` lowers a program onto a model; what ops 
 :mod:`vlm.models.program.signals`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
@@ -19,6 +19,7 @@ from vlm.models.program.budget import Budget
 from vlm.models.program.cache import Evict, EvictStep, ReadStep
 from vlm.models.program.layout import Layout
 from vlm.models.program.reduce import Reduced
+from vlm.models.program.schedule import budgets
 from vlm.models.program.signals import Facts, Received, Signal
 
 
@@ -189,9 +190,31 @@ Op = Select | Regroup | Rewrite | Tap | Evict | EvictStep | ReadStep
 Program = tuple[tuple[Site, Op], ...]
 
 
-def cut(site: Site, keep: Budget, selector: Selector, position: Position = "keep") -> Program:
-    """The program of a pruner that cuts once; empty when it keeps everything."""
-    return () if keep.everything else ((site, Select(keep, selector, position)),)
+def cut(facts: Facts, site: Site, keep: Budget, selector: Selector, position: Position = "keep") -> Program:
+    """The program of a pruner that cuts once; empty when it keeps everything.
+
+    Raises ModelError for a budget that such a cut cannot meet.
+    """
+    return cuts(facts, [(site, selector)], keep, position)
+
+
+def cuts(
+    facts: Facts,
+    at: Sequence[tuple[Site, Selector]],
+    keep: Budget,
+    position: Position = "keep",
+    shares: Sequence[float] | None = None,
+) -> Program:
+    """The program of a pruner that cuts at several sites so that ``keep`` is met; empty when it keeps everything.
+
+    shares: what stays after the cuts is proportional to these; without, each cut keeps the same share of what the one
+    before left. Raises ModelError for a budget that these cuts cannot meet.
+    """
+    if keep.everything:
+        return ()
+    counts = budgets(keep, facts, [max(site.layer, 0) for site, _ in at], shares)
+    pairs = zip(at, counts, strict=True)
+    return tuple((site, Select(count, selector, position)) for (site, selector), count in pairs)
 
 
 def needs_of(op: Op, layers: int) -> tuple[Signal, ...]:

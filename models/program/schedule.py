@@ -9,33 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import inf
-from typing import Literal
 
-Meaning = Literal["final", "after_layer", "average", "flops", "kv_bytes"]
+from vlm.models.errors import ModelError
+from vlm.models.program.budget import Budget, Meaning
+from vlm.models.program.shape import DecoderShape
+from vlm.models.program.signals import Facts
 
-
-@dataclass(frozen=True)
-class DecoderShape:
-    """The numbers of a decoder that cost depends on: cache entries are ``2 kv_heads head_dim itemsize`` bytes."""
-
-    layers: int
-    width: int
-    mlp: int
-    kv_heads: int
-    head_dim: int
-    itemsize: int = 2
-
-    def flops(self, tokens: float) -> float:
-        """Multiply-accumulates of one layer over ``tokens`` tokens: 4 n D^2 + 2 n^2 D + 3 n D m.
-
-        The count of the pruning literature for a gated MLP (SparseVLM's code). It takes keys and values as wide as
-        the model, so it is too high with fewer key/value heads.
-        """
-        return 4 * tokens * self.width**2 + 2 * tokens**2 * self.width + 3 * tokens * self.width * self.mlp
-
-    def kv_bytes(self, tokens: float) -> float:
-        """Bytes of one layer's cache of ``tokens`` tokens."""
-        return tokens * 2 * self.kv_heads * self.head_dim * self.itemsize
+TEXT = 64  # text tokens of a typical prompt, which FLOPs and cache bytes count besides the visual ones
 
 
 @dataclass(frozen=True)
@@ -164,3 +144,33 @@ def removed_shares(progress: float, draw: float) -> tuple[float, float]:
     low, high = 0.1 + 0.16 * progress, min(1.0, 0.1 + 0.64 * progress)
     student = low + draw * (high - low)
     return student, max(0.0, student - min(0.3, 0.1 + 0.5 * progress))
+
+
+def budgets(keep: Budget, facts: Facts, cuts: Sequence[int], shares: Sequence[float] | None = None) -> list[Budget]:
+    """What stays after each cut so that ``keep`` is met in its own meaning: budgets that mean tokens left by the cut.
+
+    cuts: decoder layers at whose input tokens go, 0 for a cut before the language model. shares: see :func:`solve`.
+    A share of a model whose images differ in size is solved for an image of 576 tokens, and so exact only where cost
+    is linear in tokens (all meanings but ``flops``).
+
+    Raises ModelError for a budget that cannot be met with these cuts, or a number of tokens (other than ``final``)
+    where the tokens of an image are not known before it is seen.
+    """
+    if len(cuts) == 1 and keep.meaning in ("final", "after_layer"):
+        return [Budget(keep.ratio, keep.tokens)]
+    visual = facts.visual or 576
+    if facts.visual is None and keep.tokens is not None:
+        raise ModelError(f"prune.keep: expected a share, since images differ in their tokens here; found {keep}")
+    shape = facts.shape
+    if shape is None:
+        raise ModelError(f"prune.keep: {keep} needs the decoder's shape, which this model does not tell")
+    target: float = keep.tokens if keep.tokens is not None else 0
+    if keep.tokens is None:
+        whole = report([visual] * facts.layers, TEXT, shape)
+        full = {"flops": whole.flops, "kv_bytes": whole.kv_bytes}.get(keep.meaning, visual)
+        target = (keep.ratio or 1.0) * full
+    try:
+        after = solve(target, keep.meaning, visual, cuts, shape, shares=shares, text=TEXT)
+    except ValueError as error:
+        raise ModelError(f"prune.keep: {error}") from None
+    return [Budget(ratio=n / visual) if facts.visual is None else Budget(tokens=n) for n in after]

@@ -12,7 +12,7 @@ from torch import Tensor
 from vlm.models.program.diverse import max_min_order
 from vlm.models.program.program import Selector, Tokens
 from vlm.models.program.segments import descending, marks, numbers, ranks
-from vlm.models.program.signals import Received
+from vlm.models.program.signals import Received, Signal
 
 
 def top(
@@ -123,10 +123,14 @@ def random_scores(
     return score.to(valid.device)
 
 
+def top_by(signal: Signal) -> Selector:
+    """The tokens of largest signal (one value a token)."""
+    return Selector(lambda tokens, count: top(tokens.signal(signal), tokens.valid, count), (signal,))
+
+
 def attention_from_last_row(layer: int) -> Selector:
     """The tokens that the last row of decoder layer ``layer`` attends to most (mean over heads)."""
-    signal = Received(layer)
-    return Selector(lambda tokens, count: top(tokens.signal(signal), tokens.valid, count), (signal,))
+    return top_by(Received(layer))
 
 
 def uniform_random(seed: int) -> Selector:

@@ -17,6 +17,7 @@ from vlm.kernels.visibility import Common
 from vlm.models.errors import ModelError
 from vlm.models.program.layout import Layout, compact
 from vlm.models.program.scores import flow, value_similarity, value_strength
+from vlm.models.program.shape import DecoderShape
 
 Rows = Literal["last", "text", "all"] | int
 Heads = Literal["mean", "each"]
@@ -288,13 +289,16 @@ class Facts(NamedTuple):
 
     layers, width: of the language model. refuses: what a program may not do to it and why, by the name of a site
     (``"vit.out"``), of an op (``"Regroup"``) or of a position policy (``"reindex"``). vision: None where Transformers
-    encodes and projects in one step.
+    encodes and projects in one step. visual: visual tokens of an image, None where that depends on the image. shape:
+    what cost depends on.
     """
 
     layers: int
     width: int
     refuses: Mapping[str, str] = {}
     vision: Vision | None = None
+    visual: int | None = None
+    shape: DecoderShape | None = None
 
 
 def encoder_of(facts: Facts, who: str) -> Vision:

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vlm.models.encoder import Encoder
 from vlm.models.errors import ModelError
-from vlm.models.program.program import VIT_OUT, Program, Select, Tokens, in_encoder, needs_of
+from vlm.models.program.program import VIT_OUT, Position, Program, Select, Tokens, in_encoder, needs_of
 from vlm.models.program.reduce import Reduced
 from vlm.models.program.segments import places, rows_at
 from vlm.models.program.signals import Attention, Signal
@@ -89,6 +89,12 @@ class VisionEngine:
         needs = {s for _, op in program for s in needs_of(op, layers) if s.part == "vision"}
         self.needs = {layer: [s for s in needs if s.layer == layer] for layer in {s.layer for s in needs}}
         self.now: Encoding | None = None
+
+    @property
+    def position(self) -> Position:
+        """What becomes of position ids: the wish of the last cut."""
+        ops = [*self.cuts.values(), *([self.out] if self.out else [])]
+        return ops[-1].position if ops else "keep"
 
     @property
     def acts(self) -> bool:

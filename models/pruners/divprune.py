@@ -24,4 +24,4 @@ class Divprune:
     position: Position = "reindex"
 
     def program(self, facts: Facts) -> Program:
-        return cut(LLM_IN, self.keep, max_min_diversity(), self.position)
+        return cut(facts, LLM_IN, self.keep, max_min_diversity(), self.position)

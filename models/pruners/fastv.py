@@ -25,4 +25,4 @@ class Fastv:
     position: Position = "keep"
 
     def program(self, facts: Facts) -> Program:
-        return cut(llm_before(self.layer), self.keep, attention_from_last_row(self.layer - 1), self.position)
+        return cut(facts, llm_before(self.layer), self.keep, attention_from_last_row(self.layer - 1), self.position)

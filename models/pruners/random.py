@@ -24,4 +24,4 @@ class Random:
     position: Position = "keep"
 
     def program(self, facts: Facts) -> Program:
-        return cut(LLM_IN, self.keep, uniform_random(self.seed), self.position)
+        return cut(facts, LLM_IN, self.keep, uniform_random(self.seed), self.position)

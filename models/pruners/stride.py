@@ -20,4 +20,4 @@ class Stride:
     position: Position = "keep"
 
     def program(self, facts: Facts) -> Program:
-        return cut(LLM_IN, self.keep, even_stride(), self.position)
+        return cut(facts, LLM_IN, self.keep, even_stride(), self.position)

@@ -17,8 +17,17 @@ from vlm.models.vision_language import Inputs, VisionLanguageModel
 VOCABULARY = 40
 
 
-def build_model(kind: str = "llama", *, layers: int = 4, kv_heads: int = 2, shuffle: int = 1, image: int = 48) -> Any:
-    """A model of width 32 with 4 query heads, in eval mode.
+def build_model(
+    kind: str = "llama",
+    *,
+    layers: int = 4,
+    kv_heads: int = 2,
+    shuffle: int = 1,
+    image: int = 48,
+    blocks: int = 1,
+    class_token: bool = False,
+) -> Any:
+    """A model of width 32 with 4 query heads, in eval mode; its encoder has ``blocks`` blocks.
 
     Its weights are large enough that attention is far from even; double precision keeps tolerances tight.
     """
@@ -34,9 +43,12 @@ def build_model(kind: str = "llama", *, layers: int = 4, kv_heads: int = 2, shuf
         "initializer_range": 0.25,
         "sliding_window": None,
     }
-    vision = ConvVit(image, dim=16, depth=1, heads=2)
+    vision = ConvVit(image, dim=16, depth=blocks, heads=2, class_token=class_token)
     language = build_language(options, VOCABULARY)
-    return VisionLanguageModel(vision, Mlp(vision.dim, 32, shuffle=shuffle), language).double().eval()
+    model = VisionLanguageModel(vision, Mlp(vision.dim, 32, shuffle=shuffle), language).double().eval()
+    if class_token:
+        torch.nn.init.normal_(vision.model.cls_token)
+    return model
 
 
 def build_batch(*rows: str, side: str = "right", image: int = 48) -> Inputs:

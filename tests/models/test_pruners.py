@@ -16,9 +16,10 @@ from vlm.models.program.attach import attach
 from vlm.models.program.budget import Budget
 from vlm.models.program.decode import generate
 from vlm.models.program.layout import Layout
-from vlm.models.program.program import Select, attn
+from vlm.models.program.program import Select, in_encoder
 
 NAMES = sorted(path.stem for path in (Path(vlm.__file__).parent / "models" / "pruners").glob("*.py"))
+CLASS_TOKEN: dict[str, Any] = {"class_token": True, "blocks": 4}  # what several pruners rank patches by
 ROWS = ("tt#ttt", "t#t#tt", "tttt", "#tttttttt")  # one image, two images, none, and much text after
 
 
@@ -43,7 +44,7 @@ def test_the_folder_was_found():
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("keep", ["25%", 5])
 def test_keeps_exactly_the_budget_in_order_and_all_text(make_model, batch, name, keep):
-    model, inputs = make_model(), batch(*ROWS)
+    model, inputs = make_model(**CLASS_TOKEN), batch(*ROWS)
     method = pruner(name)(keep=Budget.parse(keep))
     with attach(model, method.program(model.facts)):
         layout = model(inputs).layout
@@ -59,7 +60,7 @@ def test_keeps_exactly_the_budget_in_order_and_all_text(make_model, batch, name,
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_sample_is_cut_the_same_alone_and_in_a_batch(make_model, batch, alone, name):
-    model, inputs = make_model(), batch(*ROWS)
+    model, inputs = make_model(**CLASS_TOKEN), batch(*ROWS)
     method = pruner(name)(keep=Budget.parse("25%"))
     with attach(model, method.program(model.facts)), torch.no_grad():
         together, (logits, stream) = model(inputs), model.prefill(inputs)
@@ -78,7 +79,7 @@ def test_a_sample_is_cut_the_same_alone_and_in_a_batch(make_model, batch, alone,
 
 @pytest.mark.parametrize("name", NAMES)
 def test_training_and_generation_make_the_same_choice(make_model, batch, name):
-    model, inputs = make_model(), batch("t#tttt", "#t#ttt")
+    model, inputs = make_model(**CLASS_TOKEN), batch("t#tttt", "#t#ttt")
     method = pruner(name)(keep=Budget.parse("25%"))
     with attach(model, method.program(model.facts)):
         trained, (_, stream) = model.train()(inputs), model.eval().prefill(inputs)
@@ -89,7 +90,7 @@ def test_training_and_generation_make_the_same_choice(make_model, batch, name):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("position", ["keep", "reindex"])
 def test_position_ids(make_model, batch, name, position):
-    model, inputs = make_model(), batch(*ROWS)
+    model, inputs = make_model(**CLASS_TOKEN), batch(*ROWS)
     method = pruner(name)(keep=Budget.parse("25%"), position=position)
     with attach(model, method.program(model.facts)), torch.no_grad():
         before = model(inputs._replace(images=inputs.images[:0], owner=inputs.owner[:0], tokens=inputs.tokens.abs()))
@@ -113,7 +114,7 @@ def test_position_ids(make_model, batch, name, position):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_reach_the_kept_features(make_model, batch, name):
-    model, inputs = make_model().train(), batch(*ROWS)
+    model, inputs = make_model(**CLASS_TOKEN).train(), batch(*ROWS)
     method = pruner(name)(keep=Budget.parse("25%"))
     program = method.program(model.facts)
     features: list[torch.Tensor] = []
@@ -129,19 +130,23 @@ def test_gradients_reach_the_kept_features(make_model, batch, name):
     handle.remove()
     assert features[0].grad is not None
     touched = features[0].grad.abs().sum(2) > 0  # [images, tokens]
+    assert all(p.grad is not None for p in model.parameters())
+    if any(in_encoder(site) for site, _ in program):
+        assert touched.all()  # what was dropped never came out of the encoder
+        return
     kept = torch.zeros_like(touched)
     shown = out.layout.visual
     kept[out.layout.image[shown], out.layout.row[shown] * 6 + out.layout.col[shown]] = True
     assert touched[kept].all()
-    if all(site.name != "llm.before" for site, _ in program):  # a cut inside comes after layers that saw every token
+    # a cut inside the language model comes after layers that saw every token; merged tokens go on in others
+    if all(site.name != "llm.before" and op.selector.reduce is None for site, op in program):
         assert not touched[~kept].any()
-    assert all(p.grad is not None for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("mitigator", [Var(tau=2.0, taken=0.9, image_min=0.0, rho=0.0), M3id(decay=1.0, tau=1.1)])
 def test_composes_with_a_mitigator(make_model, batch, alone, name, mitigator):
-    model, inputs = make_model(), batch(*ROWS)
+    model, inputs = make_model(**CLASS_TOKEN), batch(*ROWS)
     cut = pruner(name)(keep=Budget.parse("25%")).program(model.facts)
     both = cut + mitigator.program(model.facts)
     with attach(model, cut):
@@ -154,21 +159,22 @@ def test_composes_with_a_mitigator(make_model, batch, alone, name, mitigator):
     assert answers == singles
     assert answers != plain  # the mitigator did act
     assert answers[2] == plain[2]  # but not on the row without an image
-    assert [images_kept(layout, b) for b in range(4)] == [images_kept(plain_layout, b) for b in range(4)]
+    if all(site.layer <= 2 for site, _ in cut):  # later cuts see what the mitigator changed from layer 2 on
+        assert [images_kept(layout, b) for b in range(4)] == [images_kept(plain_layout, b) for b in range(4)]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_program_is_one_cut_at_a_known_site(make_model, name):
-    facts = make_model().facts
+def test_the_program_is_cuts_and_a_full_budget_none(make_model, name):
+    facts = make_model(**CLASS_TOKEN).facts
     program = pruner(name)(keep=Budget.parse("25%")).program(facts)
-    assert all(isinstance(op, Select) or site == attn(site.layer) for site, op in program)
+    assert program and all(isinstance(op, Select) for _, op in program)
     assert pruner(name)(keep=Budget.parse("100%")).program(facts) == ()
 
 
 @pytest.mark.parametrize("name", ["fastv", "divprune", "random"])
 def test_a_larger_budget_keeps_a_superset(make_model, batch, name):
     # true of rankings (and of greedy orders), whatever the score
-    model, inputs = make_model(), batch("tt#ttt", "t#t#tt")
+    model, inputs = make_model(**CLASS_TOKEN), batch("tt#ttt", "t#t#tt")
     kept: list[list[set]] = []
     for tokens in (2, 5, 9, 20):
         with attach(model, pruner(name)(keep=Budget.parse(tokens)).program(model.facts)):

@@ -11,6 +11,7 @@ from PIL import Image
 
 from vlm import commands
 from vlm.commands import main
+from vlm.create import names
 from vlm.data.errors import DataError
 
 RECIPE = """\
@@ -83,10 +84,10 @@ def test_help_imports_nothing_heavy():
         (("data", "pack", "llava", "f", "--images", "i", "--out", "o"),
          "llava is no command of vlm data pack; did you mean 'llava-json'? Known: llava-json, coco-captions"),
         (("plan", "x.yaml", "sede=3"), "override sede=3: sede is unknown; did you mean 'seed'? Known: data, evaluate, "
-         "mitigate, model, name, prune, recipe, run, seed, stages"),
+         "kv, mitigate, model, name, prune, recipe, run, seed, stages"),
         (("plan", "x.yaml", "steps"), "override steps: is not of the form key.path=value"),
         (("run", "x.yaml", "prune.use=fastvv"), "override prune.use=fastvv: prune.use fastvv is unknown; did you mean "
-         "'fastv'? Known: divprune, fastv, random, stride"),
+         f"'fastv'? Known: {', '.join(names('prune'))}"),
         (("run", "x.yaml", "prune={use: fastv, kep: 1}"),
          "override prune={use: fastv, kep: 1}: prune.kep is unknown; did "
          "you mean 'keep'? Known: keep, layer, position"),

@@ -51,8 +51,8 @@ def test_the_recipe_that_the_mistakes_are_made_in_is_good():
     [
         ("steps: 100", "stpes: 100",
          f"x.yaml:14: stages.0.stpes is unknown; did you mean 'steps'? Known: {STAGE_KEYS}"),
-        ("seed: 17", "sede: 17", "x.yaml:2: sede is unknown; did you mean 'seed'? Known: data, evaluate, mitigate, "
-         "model, name, prune, recipe, run, seed, stages"),
+        ("seed: 17", "sede: 17", "x.yaml:2: sede is unknown; did you mean 'seed'? Known: data, evaluate, kv, "
+         "mitigate, model, name, prune, recipe, run, seed, stages"),
         ("steps: 100", "steps: many",
          "x.yaml:14: stages.0.steps must be a whole number such as 20 or 8k, found 'many'"),
         ("steps: 100", "steps: 012",

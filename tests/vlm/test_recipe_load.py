@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vlm.recipe import Recipe, load_recipe
@@ -218,6 +218,7 @@ trees = st.recursive(
 )
 
 
+@example({"": "*", "a": "&", "b": "!"})
 @given(st.dictionaries(st.text(), trees, max_size=4).filter(lambda tree: "<<" not in str(tree)))
 def test_what_is_dumped_is_read_back(tree):
     assert natural(parse(dump(tree), "x")) == tree

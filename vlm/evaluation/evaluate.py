@@ -70,7 +70,7 @@ def evaluate(recipe: Recipe, model: VisionLanguageModel, tokenizer: PreTrainedTo
         with attach(model, program_of(row, model.facts)):
             result, answers = _evaluate_row(row, model, benches, plain, tick)
         results.append(result)
-        if row.prune is None and not row.mitigate:
+        if row.is_plain:
             plain = plain or answers
     facts = {
         "name": recipe.name,
@@ -109,6 +109,7 @@ def _evaluate_row(
     result = {
         "label": row.title,
         "prune": row.prune.record() if row.prune else None,
+        "kv": row.kv.record() if row.kv else None,
         "mitigate": (mitigate[0] if len(mitigate) == 1 else mitigate) or None,
         "metrics": metrics,
         "cost": cost,

@@ -1,7 +1,7 @@
 """Every key of a recipe, its type and its default. What is not here, and not an option of a method, is an error.
 
-Methods (encoders, connectors, pruners, mitigators, objectives, benchmarks, data makers) are named by ``use``;
-their options are the signature of the one class in the file of that name and are checked by ``vlm.create``.
+Methods (encoders, connectors, pruners, cache policies, mitigators, objectives, benchmarks, data makers) are named by
+``use``; their options are the signature of the one class in the file of that name and are checked by ``vlm.create``.
 Values are frozen. Keys that may be null say so; null anywhere else means "as if never written".
 """
 
@@ -151,16 +151,22 @@ class Stage(Section):
 
 
 class Comparison(Section):
-    """One row of the evaluation: the model with this pruner and these mitigators; what is absent is off."""
+    """One row of the evaluation: the model with this pruner, cache policy and mitigators; what is absent is off."""
 
     prune: Method | None = None
+    kv: Method | None = None
     mitigate: Annotated[tuple[Method, ...], OneOrMore] = ()
     label: Str | None = None
 
     @property
+    def is_plain(self) -> bool:
+        """Whether nothing is switched on."""
+        return not (self.prune or self.kv or self.mitigate)
+
+    @property
     def title(self) -> str:
         """The label, or what is switched on, or ``plain``."""
-        methods = [self.prune] if self.prune else []
+        methods = [method for method in (self.prune, self.kv) if method]
         return self.label or " + ".join(method.title for method in [*methods, *self.mitigate]) or "plain"
 
 
@@ -200,6 +206,7 @@ class Recipe(Section):
     seed: NotNegative = 0
     model: Model
     prune: Prune | None = None
+    kv: Method | None = None
     mitigate: Annotated[tuple[Method, ...], OneOrMore] = ()
     data: Data = Data()
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
@@ -233,8 +240,13 @@ class Recipe(Section):
 
     @property
     def comparisons(self) -> tuple[Comparison, ...]:
-        """The rows of the evaluation: those of ``evaluate.compare``, or the recipe's own pruner and mitigators."""
-        return self.evaluate.compare or (Comparison(prune=self.prune, mitigate=self.mitigate),)
+        """The rows of the evaluation: those of ``evaluate.compare``, or the recipe's own methods."""
+        return self.evaluate.compare or (self.own,)
+
+    @property
+    def own(self) -> Comparison:
+        """What the recipe itself switches on, as a row of a comparison."""
+        return Comparison(prune=self.prune, kv=self.kv, mitigate=self.mitigate)
 
     def methods(self) -> Iterator[tuple[str, Method]]:
         """Every method that the recipe names, with its kind (see ``vlm.create``)."""
@@ -245,6 +257,7 @@ class Recipe(Section):
         yield from (("benchmark", method) for method in self.evaluate.benchmarks.values())
         for row in [self, *self.evaluate.compare]:
             yield from (("prune", prune) for prune in [row.prune] if prune)
+            yield from (("kv", kv) for kv in [row.kv] if kv)
             yield from (("mitigate", mitigate) for mitigate in row.mitigate)
 
     def identity(self) -> dict[str, Any]:

@@ -19,10 +19,12 @@ from vlm.recipe.tree import Text, Tree
 
 _METHODS = (
     "prune",
+    "kv",
     "mitigate",
     "data.make",
     "stages.*.objective",
     "evaluate.compare.*.prune",
+    "evaluate.compare.*.kv",
     "evaluate.compare.*.mitigate",
 )
 _LIBRARIES = ("timm", "hf")

@@ -207,7 +207,7 @@ for _kind in (str, Text):
 
 
 def _needs_quotes(text: str) -> bool:
-    return text in ("", "null", "~") or natural(text) != text or not text.isprintable()
+    return text in ("", "null", "~", "!", "&", "*") or natural(text) != text or not text.isprintable()
 
 
 def dump(tree: Tree) -> str:

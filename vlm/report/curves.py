@@ -74,7 +74,7 @@ def by_position(evaluation: Evaluation) -> Html:
         lines = [_position_line(plain, name, title(name, names), strong=True) for name in names]
         charts.append(_position_chart("Plain model", lines))
     families = {
-        "pruned": [result for result in evaluation.methods if result.prune and not result.mitigate],
+        "pruned": [result for result in evaluation.methods if (result.prune or result.kv) and not result.mitigate],
         "mitigated": [result for result in evaluation.methods if result.mitigate],
     }
     for name in names:

@@ -160,7 +160,7 @@ def _shorter(plain: Result, method: Result) -> str:
 def _saved(plain: Result, method: Result) -> str:
     """Visual tokens, FLOPs and KV bytes of a pruned result."""
     tokens, a, b = method.cost.visual_tokens, plain.cost, method.cost
-    if not method.prune or tokens is None:
+    if not (method.prune or method.kv) or tokens is None:
         return ""
     parts = [f"{tokens.after:g} of {tokens.before:g} visual tokens"]
     if a.llm_flops_per_prompt and b.llm_flops_per_prompt is not None:
@@ -173,7 +173,7 @@ def _saved(plain: Result, method: Result) -> str:
 def _overall(evaluation: Evaluation, plain: Result) -> list[Finding]:
     """Whether any mitigator lowers CHAIRs at all, and that among many comparisons some are wrong."""
     quantities = judged(evaluation.results)
-    mitigators = [method for method in evaluation.methods if method.mitigate and not method.prune]
+    mitigators = [method for method in evaluation.methods if method.mitigate and not (method.prune or method.kv)]
     found = []
     for quantity in quantities:
         if quantity.field == "chair_s" and mitigators:

@@ -112,6 +112,7 @@ class Result(Value):
 
     label: str
     prune: dict[str, Any] | None = None
+    kv: dict[str, Any] | None = None
     mitigate: dict[str, Any] | list[dict[str, Any]] | None = None
     metrics: dict[str, Scores] = {}
     change: dict[str, dict[str, Change]] = {}
@@ -120,7 +121,7 @@ class Result(Value):
 
     @property
     def is_plain(self) -> bool:
-        return not self.prune and not self.mitigate
+        return not self.prune and not self.kv and not self.mitigate
 
 
 class Evaluation(Value):
