@@ -1,6 +1,6 @@
 """The composed vision-language model: encode, prune, project, splice, decode, loss."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlm.models.base import BaseVlm, pixel_seed
-from vlm.models.errors import ModelError
 from vlm.models.program.layout import Side, compact
 from vlm.models.program.run import Run
 from vlm.models.program.signals import Vision
@@ -65,6 +64,13 @@ class VisionLanguageModel(BaseVlm):
         return self.visual_tokens * torch.bincount(inputs.owner, minlength=len(inputs.tokens))
 
     @property
+    def refuses(self) -> Mapping[str, str]:
+        if self.visual_grid == self.vision.grid:
+            return {}
+        why = f"the connector folds {self.vision.grid} to {self.visual_grid}; prune at llm.in instead"
+        return dict.fromkeys(("vit.mid", "vit.after", "vit.out"), why)
+
+    @property
     def vision_facts(self) -> Vision:
         encoder = self.vision
         blind = "" if encoder.blocks else f"{type(encoder).__name__} has no attention blocks"
@@ -76,9 +82,6 @@ class VisionLanguageModel(BaseVlm):
         if engine is None or not engine.acts:
             found = self.vision(inputs.images)  # tokens [N,P,V]
             return Visual(self.connector(found.tokens, found.grid), self.visual_grid, inputs.owner)
-        if self.visual_grid != self.vision.grid:
-            folded = f"{self.vision.grid} to {self.visual_grid}"
-            raise ModelError(f"vit.out: the connector folds {folded}; prune at llm.in instead")
         engine.begin(len(inputs.images), pixel_seed(inputs.images))
         found = self.vision(inputs.images)
         cut = engine.finish(found.tokens)
@@ -98,6 +101,7 @@ class VisionLanguageModel(BaseVlm):
             visual, embedded = self._without_images(inputs, embedded)
         embeds, layout = splice(inputs.tokens, inputs.valid, embedded, visual, side)
         run = Run(layout, side, pixel_seed(inputs.images))
+        run.total = self.visual_counts(inputs)  # an encoder may have cut some already
         return (embeds if self.engine is None else self.engine.enter_language(embeds, run)), run
 
     def _without_images(self, inputs: Inputs, embedded: Tensor) -> tuple[Visual, Tensor]:

@@ -22,14 +22,15 @@ TEXT = 64  # text tokens of a typical prompt, which FLOPs and cache bytes count 
 class BudgetReport:
     """What a schedule keeps and costs, in all four meanings.
 
-    visual: visual tokens in each layer. text: other tokens, the same in each. after_layer and final: after the first
-    and the last cut.
+    visual: visual tokens in each layer. text: other tokens, the same in each. held: cache entries of each key/value
+    head in each layer. after_layer and final: after the first and the last cut.
     """
 
     visual: tuple[float, ...]
     text: float
     flops: float
     kv_bytes: float
+    held: tuple[float, ...]
 
     @property
     def average(self) -> float:
@@ -57,11 +58,16 @@ def tokens_per_layer(visual: float, cuts: Sequence[int], after: Sequence[float],
     return tuple(counts[sum(cut <= layer for cut in cuts)] for layer in range(layers))
 
 
-def report(per_layer: Sequence[float], text: float, decoder: DecoderShape) -> BudgetReport:
-    """The cost of one prompt of ``text`` other tokens with ``per_layer`` visual ones."""
+def report(
+    per_layer: Sequence[float], text: float, decoder: DecoderShape, held: Sequence[float] | None = None
+) -> BudgetReport:
+    """The cost of one prompt of ``text`` other tokens with ``per_layer`` visual ones.
+
+    held: cache entries of each key/value head in each layer where a cache policy drops some; all by default.
+    """
     flops = sum(decoder.flops(n + text) for n in per_layer)
-    cache = sum(decoder.kv_bytes(n + text) for n in per_layer)
-    return BudgetReport(tuple(per_layer), text, flops, cache)
+    held = tuple(n + text for n in per_layer) if held is None else tuple(held)
+    return BudgetReport(tuple(per_layer), text, flops, sum(map(decoder.kv_bytes, held)), held)
 
 
 def solve(
