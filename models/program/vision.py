@@ -4,8 +4,14 @@ Blocks are modules of timm, Transformers or OpenCLIP, used as they are. A hook a
 that sees the block's call of ``scaled_dot_product_attention`` (OpenCLIP: ``multi_head_attention_forward``), so queries,
 keys and values are the library's own, after its norms, and attention needs no eager version. Cuts drop tokens from what
 leaves a block, or, between attention and MLP, from what enters its MLP.
+
+Under gradient checkpointing a block runs again in the backward pass, maybe after other images went through. What was
+known when it began is remembered with the storage of its input, for as long as that lives: checkpointing keeps it and
+hands it in again, so each block finds the state and the cuts of its own pass.
 """
 
+import copy
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,16 +21,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
 
 from vlm.models.encoder import Encoder
 from vlm.models.errors import ModelError
+from vlm.models.program.budget import Budget
 from vlm.models.program.program import VIT_OUT, Position, Program, Select, Tokens, in_encoder, needs_of
+from vlm.models.program.quota import divide
 from vlm.models.program.reduce import Reduced
 from vlm.models.program.segments import places, rows_at
 from vlm.models.program.signals import Attention, Signal
 
-# Where a block's second half begins, and what it consists of: timm, Transformers' CLIP and SigLIP.
-_HALVES = (("attn", "norm2"), ("self_attn", "layer_norm2"))
+# Where a block's second half begins, and what it consists of: timm, Transformers' CLIP and SigLIP, its DINOv2.
+_HALVES = (("attn", "norm2"), ("self_attn", "layer_norm2"), ("attention", "norm2"))
 
 
 class Cut(NamedTuple):
@@ -37,46 +46,74 @@ class Cut(NamedTuple):
 class Encoding:
     """What is known of one pass through the encoder: the patches that are left, and the signals read so far.
 
-    place: raster number of each patch, valid: which are real, size: how many patches each is the mean of. total:
-    patches of an image before any cut.
+    image: the image that each view shows. place: raster number of each patch in its view, valid: which are there,
+    real: which show some of the picture (the others are seen by attention, but no cut keeps them), size: how many
+    patches each is the mean of. total: real patches of a view before any cut. replay: a block runs again for its
+    gradient.
     """
 
-    def __init__(self, images: int, patches: int, columns: int, seed: Int[Tensor, " images"]) -> None:
-        device = seed.device
-        self.seed, self.columns = seed, columns
-        self.total = torch.full((images,), patches, device=device)
-        self.place = torch.arange(patches, device=device).expand(images, patches)
-        self.valid = torch.ones_like(self.place, dtype=torch.bool)
-        self.size: Float[Tensor, "images patches"] | None = None
-        self.weigh = False
+    def __init__(
+        self,
+        seed: Int[Tensor, " views"],
+        image: Int[Tensor, " views"],
+        real: Bool[Tensor, "views patches"],
+        columns: int,
+    ) -> None:
+        self.seed, self.image, self.real, self.columns = seed, image, real, columns
+        self.total = real.sum(1)
+        self.place = torch.arange(real.shape[1], device=seed.device).expand(real.shape)
+        self.valid = torch.ones_like(real)
+        self.size: Float[Tensor, "views patches"] | None = None
+        self.weigh = self.cut = self.replay = False
         self.cut_at: dict[str, Cut | None] = {}
         self.signals: dict[Signal, Tensor] = {}
 
-    @property
-    def cut(self) -> bool:
-        return self.place.shape[1] != int(self.total[0]) or not bool(self.valid.all())
+    def snapshot(self, with_signals: bool) -> "Encoding":
+        """What a replay of the next block needs. Cuts are shared: those of the block are yet to be made."""
+        state = copy.copy(self)
+        state.signals = dict(self.signals) if with_signals else {}
+        state.replay = True
+        return state
 
-    def tokens(self, x: Float[Tensor, "images patches width"]) -> Tokens:
+    @property
+    def candidates(self) -> Bool[Tensor, "views patches"]:
+        return self.valid & self.real
+
+    def tokens(self, x: Float[Tensor, "views patches width"]) -> Tokens:
         return Tokens(
             x,
-            self.valid,
+            self.candidates,
             self.seed,
             self.signals.__getitem__,
             self.total,
             torch.ones_like(self.total),
-            torch.arange(len(self.total), device=x.device)[:, None].expand(self.place.shape),
+            self.image[:, None].expand(self.place.shape),
             self.place // self.columns,
             self.place % self.columns,
             self.size,
         )
 
+    def count(self, keep: Budget) -> Int[Tensor, " views"]:
+        """Patches that each view may keep: what an image may, divided among its views by their real patches."""
+        there = self.candidates.sum(1)
+        if len(self.image) == int(self.image[-1]) + 1:  # a view an image
+            return keep.count(self.total, torch.ones_like(self.total)).minimum(there)
+        count = torch.zeros_like(there)
+        for image in range(int(self.image[-1]) + 1):
+            mine = self.image == image
+            total, limit = self.total[mine].tolist(), there[mine].tolist()
+            count[mine] = count.new_tensor(divide(keep.of(sum(total)), total, limit))
+        return count
+
     def take(self, reduced: Reduced) -> None:
         """Only these patches are left; signals come along."""
-        at, index = reduced.place, reduced.place
-        self.signals = {s: _gather(value, index, s.key_axis) for s, value in self.signals.items()}
+        at = reduced.place
+        self.signals = {s: _gather(value, at, s.key_axis) for s, value in self.signals.items()}
         size = self.size if self.size is not None else torch.ones_like(self.place, dtype=torch.float32)
         self.size = reduced.size if reduced.size is not None else size.gather(1, at)
-        self.place, self.valid = self.place.gather(1, at), reduced.valid
+        whole = self.place.shape[1]
+        self.place, self.real, self.valid = self.place.gather(1, at), self.real.gather(1, at), reduced.valid
+        self.cut = self.cut or self.place.shape[1] != whole or not bool(self.valid.all())
 
 
 class VisionEngine:
@@ -89,6 +126,7 @@ class VisionEngine:
         needs = {s for _, op in program for s in needs_of(op, layers) if s.part == "vision"}
         self.needs = {layer: [s for s in needs if s.layer == layer] for layer in {s.layer for s in needs}}
         self.now: Encoding | None = None
+        self._entered: Any = WeakIdKeyDictionary()  # storage of a block's input -> block -> what was known then
 
     @property
     def position(self) -> Position:
@@ -101,31 +139,72 @@ class VisionEngine:
         return bool(self.cuts or self.out)
 
     def hook(self) -> list[RemovableHandle]:
-        """Hooks on every block that must be watched or cut."""
-        handles = []
+        """Hooks on every block that must be watched or cut. Raises ModelError for a block that cannot be."""
+        whole: Any = self.encoder
+        handles = [whole.register_forward_hook(self._after, always_call=True)]
         for number, block in enumerate(self.encoder.blocks):
+            if f"vit.mid[{number}]" in self.cuts:
+                _halves(block)
             if self.cuts or number in self.needs:
-                watch = _Around(self, number)
-                handles.append(block.register_forward_pre_hook(watch.enter))
-                handles.append(block.register_forward_hook(watch.leave, always_call=True))
+                watch = _Around(self, number, block)
+                handles.append(block.register_forward_pre_hook(watch.enter, with_kwargs=True))
+                # before the hooks by which Transformers collects hidden states, so that those are cut too
+                leave = block.register_forward_hook(watch.leave, prepend=True, always_call=True)
+                handles.append(leave)
         return handles
 
-    def begin(self, images: int, seed: Int[Tensor, " images"]) -> None:
+    def begin(
+        self,
+        views: int,
+        seed: Int[Tensor, " views"],
+        image: Int[Tensor, " views"] | None = None,
+        real: Bool[Tensor, "views patches"] | None = None,
+    ) -> None:
+        """A pass of ``views`` pictures begins; image and real as in :class:`Encoding`, by default a view is an image
+        and all of it is real."""
         rows, columns = self.encoder.grid
-        self.now = Encoding(images, rows * columns, columns, seed)
+        image = torch.arange(views, device=seed.device) if image is None else image
+        real = torch.ones(views, rows * columns, dtype=torch.bool, device=seed.device) if real is None else real
+        self.now = Encoding(seed, image, real, columns)
 
-    def finish(self, features: Float[Tensor, "images patches width"]) -> Reduced | None:
+    def finish(self, features: Float[Tensor, "views patches width"]) -> Reduced | None:
         """The features that go to the connector, or None when all do as they are. Makes the cut at ``vit.out``."""
-        now = self.now
+        now, self.now = self.now, None
         assert now is not None
-        reduced = None
         if self.out is not None and (choice := self._choose("vit.out", self.out, now, features)) is not None:
             reduced = _reduce(self.out, now.tokens(features), choice)
             now.take(reduced)
-        self.now = None if not self.cuts else now  # a recomputed block needs what its cut was
-        if reduced is not None:
             return reduced._replace(place=now.place)
         return Reduced(now.place, features, now.valid) if now.cut else None
+
+    def _after(self, encoder: Any, args: tuple, output: Any) -> None:
+        if output is None:  # it raised, so nothing will finish this pass
+            self.now = None
+
+    # called by the hooks of every block
+
+    def begin_block(self, number: int, x: Float[Tensor, "images tokens width"]) -> None:
+        """Remember what is known as a block begins, or recall it when the block is run again in the backward pass."""
+        if not self.cuts:
+            return
+        storage = x.untyped_storage()
+        before = self._entered.setdefault(storage, {})
+        if self.now is not None:
+            cuts = (self.cuts.get(f"vit.{place}[{number}]") for place in ("mid", "after"))
+            before[number] = self.now.snapshot(any(cut and cut.selector.reduce for cut in cuts))
+        elif number in before:
+            self.now = copy.copy(before[number])
+        elif torch._C._current_graph_task_id() == -1:
+            before[number] = None  # a pass without a program: no image, or the encoder on its own
+        else:
+            raise ModelError(
+                f"vit: block {number} is run again in the backward pass on a copy of its input (activation offloading?)"
+                ", so the cuts of its first pass cannot be found"
+            )
+
+    def end_block(self) -> None:
+        if self.now is not None and self.now.replay:
+            self.now = None
 
     def read(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
         """Enter the signals of a block from its attention call."""
@@ -134,7 +213,7 @@ class VisionEngine:
             return
         valid = self._with_prefix(now.valid)
         common: Any = {"causal": False, "scale": scale, "validate": False}
-        common["key_valid"] = None if bool(valid.all()) else valid
+        common["key_valid"] = valid if now.cut else None
         seen = Attention(q, k, v, valid, common, self.impl, prefix=self.encoder.prefix)
         with torch.no_grad():
             for signal in self.needs[layer]:
@@ -160,8 +239,7 @@ class VisionEngine:
         choice = self._choose(site, op, now, x[:, prefix:])
         if choice is None:
             return x
-        tokens = now.tokens(x[:, prefix:])
-        reduced = _reduce(op, tokens, choice)
+        reduced = _reduce(op, now.tokens(x[:, prefix:]), choice)
         now.weigh = now.weigh or op.weigh
         now.take(reduced)
         return torch.cat([x[:, :prefix], reduced.features.to(x.dtype)], 1)
@@ -170,11 +248,11 @@ class VisionEngine:
         """Choose once; None when all stay, so that a full budget changes nothing, to the bit."""
         if site not in now.cut_at:
             now.cut_at[site] = None
-            count = op.keep.count(now.total, torch.ones_like(now.total)).minimum(now.valid.sum(1))
-            if not (op.exact and bool((count >= now.valid.sum(1)).all())):
+            count, there = now.count(op.keep), now.candidates
+            if not (op.exact and bool((count >= there.sum(1)).all())):
                 with torch.no_grad():
                     kept = op.selector.choose(now.tokens(x.detach()), count)
-                if op.selector.reduce is not None or not bool((kept | ~now.valid).all()):
+                if op.selector.reduce is not None or not bool((kept | ~there).all()):
                     now.cut_at[site] = Cut(kept, count)
         return now.cut_at[site]
 
@@ -185,34 +263,54 @@ class VisionEngine:
 class _Around:
     """Hooks around one block: a mode that sees its attention, a cut of what leaves it or enters its MLP."""
 
-    def __init__(self, engine: VisionEngine, number: int) -> None:
+    def __init__(self, engine: VisionEngine, number: int, block: nn.Module) -> None:
         self.engine, self.number = engine, number
+        # Transformers' layers take a mask and hand it to attention, also where they are run again without hooks.
+        self.takes_mask = "attention_mask" in inspect.signature(block.forward).parameters
         self.modes: list[_Watch] = []
+        self.undo: list[Callable[[], None]] = []
 
-    def enter(self, block: nn.Module, args: tuple) -> tuple | None:
-        mode = _Watch(lambda *call: self.engine.read(self.number, *call), self.engine.bias)
+    def enter(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        self.engine.begin_block(self.number, args[0])
+        bias = self.engine.bias(args[0])
+        if bias is not None and self.takes_mask:
+            args, kwargs = _mask_keys(args, kwargs, bias)
+        mode = _Watch(lambda *call: self.engine.read(self.number, *call), None if self.takes_mask else bias)
         mode.__enter__()
         self.modes.append(mode)
         site = f"vit.mid[{self.number}]"
-        if site not in self.engine.cuts or self.engine.now is None:
-            return None
-        return (self._first_half(site, block, args[0]), *args[1:])
+        if site in self.engine.cuts and self.engine.now is not None:
+            args = (self._first_half(site, block, args, kwargs), *args[1:])
+        return args, kwargs
 
     def leave(self, block: nn.Module, args: tuple, output: Any) -> Any:
-        if not self.modes:
-            return None
-        self.modes.pop().__exit__(None, None, None)
-        if f"vit.mid[{self.number}]" in self.engine.cuts:
-            vars(_halves(block)[0]).pop("forward", None)
-        if output is None:
-            return None  # the block raised
-        hidden = output[0] if isinstance(output, tuple) else output
-        cut = self.engine.reduce(f"vit.after[{self.number}]", hidden)
-        if cut is hidden:
-            return None
-        return (cut, *output[1:]) if isinstance(output, tuple) else cut
+        mode = self.modes.pop() if self.modes else None
+        while self.undo:
+            self.undo.pop()()
+        try:
+            if mode is not None:
+                mode.__exit__(None, None, None)
+            if output is None or mode is None or self.engine.now is None:
+                return None  # the block raised, or runs without the program
+            self._check_seen(block, mode)
+            hidden = output[0] if isinstance(output, tuple) else output
+            cut = self.engine.reduce(f"vit.after[{self.number}]", hidden)
+            if cut is hidden:
+                return None
+            return (cut, *output[1:]) if isinstance(output, tuple) else cut
+        finally:
+            self.engine.end_block()
 
-    def _first_half(self, site: str, block: nn.Module, x: Tensor) -> Tensor:
+    def _check_seen(self, block: nn.Module, mode: "_Watch") -> None:
+        """Refuse a block whose attention did not show: its signals would be missing, its padding would be seen."""
+        if mode.calls != 1 and (self.number in self.engine.needs or mode.bias is not None):
+            raise ModelError(
+                f"vit: block {self.number} ({type(block).__name__}): expected one call of torch's "
+                f"scaled_dot_product_attention, which programs in the encoder watch; found {mode.calls} "
+                "(fused attention off, or attention implementation other than sdpa?)"
+            )
+
+    def _first_half(self, site: str, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """Run the block up to its MLP, cut there, and leave it the MLP alone to do: its attention gives zeros."""
         attention, norm = _halves(block)
         caught: list[Tensor] = []
@@ -221,19 +319,28 @@ class _Around:
             caught.append(args[0])
             raise _HalfWay
 
+        self._set(block, "gradient_checkpointing", False)  # of Transformers: it would recompute a whole block
         handle = norm.register_forward_pre_hook(stop)
         try:
-            block.forward(x)
+            block.forward(*args, **kwargs)
         except _HalfWay:
             pass
         finally:
             handle.remove()
         returns_pair = type(attention).__module__.startswith("transformers.")
-        zeros: Callable[..., Any] = lambda hidden, *args, **kwargs: (  # noqa: E731
-            (torch.zeros_like(hidden), None) if returns_pair else torch.zeros_like(hidden)
+        zeros: Callable[..., Any] = lambda hidden_states, *args, **kwargs: (  # noqa: E731
+            (torch.zeros_like(hidden_states), None) if returns_pair else torch.zeros_like(hidden_states)
         )
-        vars(attention)["forward"] = zeros  # of this instance, until the block is left
-        return self.engine.reduce(site, caught[0])
+        cut = self.engine.reduce(site, caught[0])
+        self._set(attention, "forward", zeros)
+        return cut
+
+    def _set(self, module: nn.Module, name: str, value: Any) -> None:
+        """Set an attribute of this instance until the block is left."""
+        own = vars(module)
+        restore = {name: own[name]} if name in own else {}
+        self.undo.append(lambda: own.pop(name, None) if not restore else own.update(restore))
+        own[name] = value
 
 
 class _HalfWay(Exception):
@@ -243,36 +350,48 @@ class _HalfWay(Exception):
 def _halves(block: nn.Module) -> tuple[nn.Module, nn.Module]:
     """A block's attention and the norm before its MLP. Raises ModelError for a block that is built otherwise."""
     for attention, norm in _HALVES:
-        if hasattr(block, attention) and hasattr(block, norm):
+        if hasattr(block, attention) and hasattr(block, norm) and type(block).__name__ != "ResPostBlock":
             return getattr(block, attention), getattr(block, norm)
-    raise ModelError(f"vit.mid: expected a block with attention, a norm and an MLP; found {type(block).__name__}")
+    raise ModelError(f"vit.mid: expected blocks of attention, then norm and MLP; found {type(block).__name__}")
 
 
 class _Watch(TorchFunctionMode):
-    """Shows attention calls to ``see(q, k, v, scale)`` and adds ``bias(q)`` to the logits of their keys."""
+    """Shows attention calls to ``see(q, k, v, scale)`` and adds ``bias`` to the logits of their keys."""
 
-    def __init__(self, see: Callable[..., None], bias: Callable[[Tensor], Tensor | None]) -> None:
+    def __init__(self, see: Callable[..., None], bias: Tensor | None) -> None:
         super().__init__()
-        self.see, self.bias = see, bias
+        self.see, self.bias, self.calls = see, bias, 0
 
     def __torch_function__(self, func: Any, types: Sequence[type], args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func is F.scaled_dot_product_attention:
+            self.calls += 1
             names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
             kwargs |= dict(zip(names, args, strict=False))
             self.see(kwargs["query"], kwargs["key"], kwargs["value"], kwargs.get("scale"))
-            bias = self.bias(kwargs["query"])
-            if bias is not None:
-                kwargs["attn_mask"] = bias if kwargs.get("attn_mask") is None else kwargs["attn_mask"] + bias
+            if self.bias is not None:
+                kwargs["attn_mask"] = _join(kwargs.get("attn_mask"), self.bias)
             return func(**kwargs)
         if func is F.multi_head_attention_forward:
+            self.calls += 1
             self.see(*_projected(*args[:7]), None)
-            bias = self.bias(args[0])
-            if bias is not None:
-                heads, length = args[4], args[0].shape[0]
-                wide = bias.expand(-1, heads, length, -1).flatten(0, 1)
-                kwargs["attn_mask"] = wide if kwargs.get("attn_mask") is None else kwargs["attn_mask"] + wide
         return func(*args, **kwargs)
+
+
+def _join(mask: Tensor | None, bias: Float[Tensor, "images 1 1 tokens"]) -> Tensor:
+    """A mask of scaled_dot_product_attention, with ``bias`` on its keys."""
+    if mask is None:
+        return bias
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=bias.dtype).masked_fill(~mask, -torch.inf)
+    return mask + bias
+
+
+def _mask_keys(args: tuple, kwargs: dict[str, Any], bias: Tensor) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a layer of Transformers, with ``bias`` in its mask: second, or by name."""
+    if len(args) > 1:
+        return (args[0], _join(args[1], bias), *args[2:]), kwargs
+    return args, {**kwargs, "attention_mask": _join(kwargs.get("attention_mask"), bias)}
 
 
 def _projected(
