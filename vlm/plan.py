@@ -1,27 +1,43 @@
 """The audit of a recipe before anything runs: no data is made, no weights are built, no GPU is needed."""
 
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 from vlm.build import build_model, build_tokenizer, program_of
 from vlm.create import check as check_methods
 from vlm.data.index import load_manifest
 from vlm.data.stream import legal_worlds
-from vlm.evaluation.cost import layer_flops
+from vlm.evaluation.forecast import forecast
+from vlm.models.errors import ModelError
 from vlm.models.program.attach import check
-from vlm.models.program.program import Program, Select
+from vlm.models.program.program import Program
+from vlm.models.program.schedule import TEXT
 from vlm.models.program.signals import Facts
 from vlm.models.vision_language import VisionLanguageModel
 from vlm.recipe import Recipe, RecipeError
+from vlm.recipe.schema import Comparison
 from vlm.training.module import PARTS
-
-TEXT_TOKENS = 64  # a typical prompt, for the FLOPs of a row
 
 
 def programs_of(recipe: Recipe, facts: Facts) -> dict[str, Program]:
-    """Every program that the recipe will attach, by the title of its row."""
+    """Every program that the recipe will attach, by the title of its row.
+
+    Raises ModelError for a method that does not fit the model, with its place in the recipe.
+    """
     rows = (recipe.own.model_copy(update={"label": "the recipe's own"}), *recipe.comparisons)
-    return {row.title: program_of(row, facts) for row in rows}
+    return {row.title: _program(row, facts) for row in rows}
+
+
+def _program(row: Comparison, facts: Facts) -> Program:
+    try:
+        program = program_of(row, facts)
+        check(program, facts)
+    except ModelError as error:
+        methods = [method for method in (row.prune, row.kv, *row.mitigate) if method]
+        where = next((method.where for method in methods if method.where), "")
+        raise ModelError(f"{where or row.title}: {error}") from None
+    return program
 
 
 def plan(recipe: Recipe) -> str:
@@ -97,33 +113,29 @@ def _parts(recipe: Recipe, model: VisionLanguageModel) -> list[str]:
 
 
 def _programs(recipe: Recipe, model: VisionLanguageModel) -> list[str]:
-    """Visual tokens per image before and after each program, and the FLOPs of its prefill against plain."""
-    facts, config = model.facts, model.language.config
-    full = model.visual_tokens
-    mlp = config.intermediate_size  # type: ignore[union-attr]
-
-    def flops(per_layer: Sequence[int]) -> float:
-        return sum(layer_flops(n + TEXT_TOKENS, facts.width, mlp) for n in per_layer)
-
-    rows = [("program", "visual tokens per image, by layer", "average", "prefill FLOPs vs plain")]
+    """Visual tokens per image before and after each program, and what its prefill costs against plain."""
+    facts, full = model.facts, model.visual_tokens
+    assert facts.shape is not None  # every model of ours tells it
+    plain = forecast((), full, facts.shape)
+    rows = [
+        ("program", "visual tokens per image x layers", "average", "final", "LLM FLOPs vs plain", "KV bytes vs plain")
+    ]
+    most = False
     for title, program in programs_of(recipe, facts).items():
-        check(program, facts)
-        per_layer = tokens_by_layer(program, full, facts.layers)
-        ratio = flops(per_layer) / flops([full] * facts.layers)
-        average = sum(per_layer) / facts.layers
-        rows.append((title, " ".join(map(str, per_layer)), f"{average:.1f}", f"{ratio:.2f}"))
-    return [*table(rows), f"Per image {full} visual tokens before any cut; FLOPs with {TEXT_TOKENS} text tokens."]
+        found = forecast(program, full, facts.shape)
+        most = most or found.most
+        mark = "<= " if found.most else ""
+        counts = [f"{mark}{runs(found.main.visual)}", f"{mark}{found.main.average:.1f}", f"{found.main.final:g}"]
+        shares = [f"{found.flops / plain.flops:.2f}", f"{found.kv_bytes / plain.kv_bytes:.2f}"]
+        rows.append((title, *counts, *shares))
+    costs = f"prefill FLOPs and KV bytes against plain, {TEXT} text tokens"
+    note = f"Per image {full} visual tokens before any cut; {costs}."
+    return [*table(rows), note, *(["<= where a pruner itself decides how many tokens stay."] if most else [])]
 
 
-def tokens_by_layer(program: Program, full: int, layers: int) -> list[int]:
-    """Visual tokens of one image in each decoder layer under ``program``."""
-    cuts = {max(site.layer, 0): op.keep for site, op in program if isinstance(op, Select)}
-    counts, now = [], full
-    for layer in range(layers):
-        if layer in cuts:
-            now = cuts[layer].of(now)
-        counts.append(now)
-    return counts
+def runs(counts: Sequence[float]) -> str:
+    """``576 x 2, 166 x 30``: equal neighbours together."""
+    return ", ".join(f"{value:g} x {len(list(same))}" for value, same in groupby(counts))
 
 
 def _batches(recipe: Recipe) -> list[str]:

@@ -9,15 +9,14 @@ import torch
 
 from vlm.build import build_model, build_tokenizer, device, make_data
 from vlm.evaluation.evaluate import evaluate
-from vlm.models.program.attach import check
 from vlm.plan import programs_of, table
 from vlm.progress import Progress
-from vlm.recipe import Recipe
+from vlm.recipe import Recipe, RecipeError
 from vlm.report import write_report
 from vlm.report.findings import find
 from vlm.report.read import read_run
 from vlm.report.records import Chair, Evaluation, Other, YesNo
-from vlm.training.train import OUTSIDE_RANKS, is_first_rank, train, trained_weights
+from vlm.training.train import OUTSIDE_RANKS, find_weights, is_first_rank, train, trained_weights
 
 PARTS = ("data", "train", "evaluate", "report")
 
@@ -25,15 +24,28 @@ PARTS = ("data", "train", "evaluate", "report")
 def run(recipe: Recipe, parts: Sequence[str] = PARTS) -> None:
     """Do the named parts of a recipe, in order; with several processes all train, the first does the rest.
 
+    A recipe with ``run.weights`` is evaluated and reported, with the weights of the run that it names.
     Raises RecipeError, DataError, ModelError or TrainingError with one line for the user.
     """
     folder = Path(recipe.run.dir)
+    if recipe.run.weights is not None:
+        parts = _without_training(recipe, parts)
     if "data" in parts and recipe.data.make is not None:
         _make_once(recipe, folder / ".data-made")
     if {"train", "evaluate"} & set(parts):
         _train_and_evaluate(recipe, folder, parts)
     if "report" in parts and is_first_rank():
         print(f"Report: {write_report(folder)}")
+
+
+def _without_training(recipe: Recipe, parts: Sequence[str]) -> list[str]:
+    """The parts that are left when another run did the training; its weights must be there before anything begins."""
+    if "train" in parts and "evaluate" not in parts:
+        instead = f"evaluates {recipe.run.weights} and trains nothing; set run.weights=null to train"
+        raise RecipeError(f"run.weights: this recipe {instead}")
+    if "evaluate" in parts:
+        find_weights(recipe)
+    return [part for part in parts if part != "train"]
 
 
 def _make_once(recipe: Recipe, mark: Path) -> None:
@@ -68,12 +80,14 @@ def _train_and_evaluate(recipe: Recipe, folder: Path, parts: Sequence[str]) -> N
         torch.set_num_threads(recipe.run.threads)
     tokenizer = build_tokenizer(recipe)
     model = build_model(recipe, tokenizer)
-    for program in programs_of(recipe, model.facts).values():
-        check(program, model.facts)  # a program that does not fit is refused before hours of training
+    programs_of(recipe, model.facts)  # a program that does not fit is refused before hours of training
     if "train" in parts:
         train(recipe, model, tokenizer)
     if "evaluate" in parts and is_first_rank():
         weights = trained_weights(recipe, model)
+        if recipe.run.weights is not None:  # the folder of a run that trains has it from there
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "recipe.yaml").write_text(recipe.to_yaml())
         print(f"Evaluating {weights}")  # the newest checkpoint, be it of a run that is not done yet
         evaluate(recipe, model.to(device()), tokenizer, weights)
         print("\n".join(found(folder)))

@@ -179,16 +179,20 @@ def test_it_says_so_when_no_mitigator_helps():
 
 
 def test_what_a_pruner_saves_is_told_against_plain():
-    def cost(after: int, flops: float, kv: float) -> dict:
+    def cost(after: int, flops: float, kv: float, **more: float) -> dict:
         tokens = {"before": 36, "after": after}
-        return {"visual_tokens": tokens, "llm_flops_per_prompt": flops, "kv_bytes_per_prompt": kv}
+        return {"visual_tokens": tokens, "llm_flops_per_prompt": flops, "kv_bytes_per_prompt": kv, **more}
 
+    saved = (
+        " Against plain it computes with 9 of 36 visual tokens, "
+        "45% of the language model's FLOPs and 52% of the KV bytes"
+    )
     plain = result("plain", cost=cost(36, 200.0, 1000.0), pope_random=yes_no(0.85))
     pruned = result("fastv", "fastv", cost=cost(9, 90.0, 520.0), pope_random=yes_no(0.85))
-    assert said(evaluate(plain, pruned), "fastv")[0].endswith(
-        " Against plain it computes with 9 of 36 visual tokens, "
-        "45% of the language model's FLOPs and 52% of the KV bytes."
-    )
+    assert said(evaluate(plain, pruned), "fastv")[0].endswith(f"{saved}.")
+    plain = result("plain", cost=cost(36, 200.0, 1000.0, prefill_s=0.5), pope_random=yes_no(0.85))
+    slower = result("fastv", "fastv", cost=cost(9, 90.0, 520.0, prefill_s=0.6), pope_random=yes_no(0.85))
+    assert said(evaluate(plain, slower), "fastv")[0].endswith(f"{saved}, in 120% of the prefill time.")
 
 
 def test_without_an_interval_nothing_is_judged():

@@ -1,44 +1,102 @@
-"""What a prompt costs: visual tokens per layer, FLOPs and cache bytes, counting only tokens that are there."""
+"""What a prompt costs under a program, measured: tokens of each layer, FLOPs, cache bytes that are held, seconds.
 
+Counts are those of the pass itself (the layouts and caches that it left), so they are right whatever the program does.
+FLOPs are the language model's alone, without scoring; scoring is in the seconds.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 import torch
 
+from vlm.models.base import BaseVlm
+from vlm.models.program.attach import attach
 from vlm.models.program.decode import open_streams
-from vlm.models.vision_language import Inputs, VisionLanguageModel
+from vlm.models.program.program import Program
+from vlm.models.program.run import Run
+from vlm.models.program.schedule import BudgetReport, report
+from vlm.models.program.shape import DecoderShape
+
+REPEATS = 5  # of a timed prefill
 
 
-def layer_flops(tokens: float, width: int, mlp: int) -> float:
-    """Multiply-accumulates of one decoder layer over ``tokens`` tokens: 4 n D^2 + 2 n^2 D + 3 n D m.
-
-    The count of the pruning literature for a gated MLP.
-    """
-    return 4 * tokens * width**2 + 2 * tokens**2 * width + 3 * tokens * width * mlp
+def run_report(run: Run, shape: DecoderShape) -> BudgetReport:
+    """The mean over the batch of what each sample costs; padding costs nothing."""
+    layouts = [run.layouts[run.stage(layer)] for layer in range(shape.layers)]
+    visual = torch.stack([layout.visual.sum(1) for layout in layouts], 1).tolist()  # [B][layers]
+    text = (layouts[0].valid & ~layouts[0].visual).sum(1).tolist()
+    each = [report(counts, words, shape) for counts, words in zip(visual, text, strict=True)]
+    mean = report(run.visual_tokens(shape.layers), fmean(text), shape, run.cached_tokens(shape.layers))
+    return replace(mean, flops=fmean(one.flops for one in each))  # FLOPs of the mean length would be too few
 
 
 @torch.inference_mode()
-def prompt_cost(model: VisionLanguageModel, inputs: Inputs) -> dict[str, Any]:
-    """Mean cost of a prompt of ``inputs`` under the attached program, summed over its decode streams."""
-    config: Any = model.language.config
-    layers, width = model.facts.layers, model.facts.width
-    head = getattr(config, "head_dim", None) or width // config.num_attention_heads
-    _, streams = open_streams(model, inputs)
-    flops = cache = 0.0
-    for stream in streams.values():
-        for layer in range(layers):
-            layout = stream.run.layouts[stream.run.stage(layer)]
-            tokens = float(layout.valid.sum(1).float().mean())
-            flops += layer_flops(tokens, width, config.intermediate_size)
-            cache += tokens * 2 * config.num_key_value_heads * head * next(model.language.parameters()).itemsize
-    per_layer = streams["main"].run.visual_tokens(layers)
+def prompt_cost(model: BaseVlm, inputs: Any) -> dict[str, Any]:
+    """Mean cost of a prompt of ``inputs`` under the attached program, summed over its decode streams.
+
+    ``kv_bytes_per_prompt`` counts entries that are held after the prompt, or after the first generated token where
+    the program evicts only then. ``kv_bytes_allocated`` is the size of the cache tensors, to which rows and heads that
+    hold fewer entries are padded.
+    """
+    shape = model.facts.shape
+    assert shape is not None  # every model of ours tells it
+    logits, streams = open_streams(model, inputs)
+    reports = {name: run_report(stream.run, shape) for name, stream in streams.items()}
+    if model.engine is not None and model.engine.evict_step is not None:
+        for name, stream in streams.items():
+            model.step(stream, logits[name].argmax(-1))
+            held = [entries - 1 for entries in stream.run.cached_tokens(shape.layers)]  # without the new token
+            reports[name] = replace(reports[name], held=tuple(held), kv_bytes=sum(map(shape.kv_bytes, held)))
+    tensors = [t for s in streams.values() for layer in s.cache.layers for t in _states(layer)]
+    main = reports["main"]
     return {
         "visual_tokens": {
             "before": float(model.visual_counts(inputs).float().mean()),
-            "after": per_layer[-1],
-            "average": sum(per_layer) / layers,
-            "per_layer": per_layer,
+            "after": main.final,
+            "after_layer": main.after_layer,
+            "average": main.average,
+            "per_layer": list(main.visual),
         },
-        "llm_flops_per_prompt": flops,
-        "kv_bytes_per_prompt": cache,
+        "text_tokens": main.text,
+        "llm_flops_per_prompt": sum(one.flops for one in reports.values()),
+        "kv_bytes_per_prompt": sum(one.kv_bytes for one in reports.values()),
+        "kv_bytes_allocated": sum(t.nbytes for t in tensors) / len(logits["main"]),
+        "kv_entries_per_layer": [sum(layer) for layer in zip(*(one.held for one in reports.values()), strict=True)],
         "streams": len(streams),
     }
+
+
+def _states(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return layer.keys, layer.values
+
+
+@torch.inference_mode()
+def prefill_seconds(
+    model: BaseVlm, inputs: Any, programs: Sequence[Program], repeats: int = REPEATS
+) -> list[list[float]]:
+    """Seconds of a prefill of ``inputs`` under each program, ``repeats`` times: encoder, scoring and all streams.
+
+    The programs take turns in every repeat, so that what else the machine does falls on all of them. One pass of each
+    before that warms up.
+    """
+    device = next(model.parameters()).device
+    seconds: list[list[float]] = [[] for _ in programs]
+    for repeat in range(repeats + 1):
+        for number, program in enumerate(programs):
+            with attach(model, program):
+                _synchronize(device)
+                start = time.perf_counter()
+                open_streams(model, inputs)
+                _synchronize(device)
+                taken = time.perf_counter() - start
+            if repeat:
+                seconds[number].append(taken)
+    return seconds
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -13,10 +14,10 @@ from vlm.build import build_encoder, program_of
 from vlm.create import create
 from vlm.data.benchmarks._shared.images import ImageSource
 from vlm.evaluation.answer import Asker, Prompt
-from vlm.evaluation.cost import prompt_cost
+from vlm.evaluation.cost import prefill_seconds, prompt_cost
 from vlm.evaluation.pictures import draw_pictures
 from vlm.models.program.attach import attach
-from vlm.models.vision_language import VisionLanguageModel
+from vlm.models.vision_language import Inputs, VisionLanguageModel
 from vlm.progress import Progress
 from vlm.recipe import Recipe
 from vlm.recipe.schema import Comparison
@@ -37,6 +38,10 @@ class Bench:
     @property
     def different(self) -> int:
         return len(set(self.prompts))
+
+    def batch(self) -> Inputs:
+        """The first questions as one batch."""
+        return self.ask.inputs(self.prompts[: self.ask.batch])
 
     def answer(self, tick: Any) -> dict[str, str]:
         """The answers of the model as it is now, by question id."""
@@ -66,17 +71,21 @@ def evaluate(recipe: Recipe, model: VisionLanguageModel, tokenizer: PreTrainedTo
 
     results = []
     plain: dict[str, dict[str, str]] = {}  # the answers without any method, which the others are paired with
-    for row in rows:
-        with attach(model, program_of(row, model.facts)):
+    programs = [program_of(row, model.facts) for row in rows]
+    for row, program in zip(rows, programs, strict=True):
+        with attach(model, program):
             result, answers = _evaluate_row(row, model, benches, plain, tick)
         results.append(result)
         if row.is_plain:
             plain = plain or answers
+    if benches:
+        for result, seconds in zip(results, prefill_seconds(model, benches[0].batch(), programs), strict=True):
+            result["cost"]["prefill_s"] = median(seconds)
     facts = {
         "name": recipe.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "recipe_hash": recipe.hash(),
-        "weights": weights.name,
+        "weights": weights.name if folder in weights.parents else str(weights),
         "versions": versions(),
         "results": results,
     }
@@ -95,7 +104,7 @@ def _evaluate_row(
     answers = {bench.label: bench.answer(tick) for bench in benches}
     cost: dict[str, Any] = {"seconds": time.perf_counter() - begun}
     if benches:
-        cost |= prompt_cost(model, benches[0].ask.inputs(benches[0].prompts[: benches[0].ask.batch]))
+        cost |= prompt_cost(model, benches[0].batch())
     metrics: dict[str, Any] = {}
     protocol: dict[str, Any] = {}
     change: dict[str, Any] = {}

@@ -183,7 +183,11 @@ class Save(Section):
 
 
 class Run(Section):
-    """How and where it runs. Nothing here but ``global_batch`` and ``precision`` changes what is learned."""
+    """How and where it runs. Nothing here but ``global_batch`` and ``precision`` changes what is learned.
+
+    weights: what another run of the same identity has learned (its folder, or one checkpoint) is evaluated into this
+    run's own folder, and nothing is trained here.
+    """
 
     dir: Str
     global_batch: AtLeastOne = 32
@@ -193,6 +197,7 @@ class Run(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     save: Save = Save()
     resume: Annotated[Str, BeforeValidator(_resume)] = "auto"
+    weights: Str | None = None
     trace_samples: Bool = False
     log_every: AtLeastOne = 10
     threads: AtLeastOne | None = None

@@ -80,8 +80,10 @@ class Method(Section):
 
     @property
     def title(self) -> str:
-        """A short name for tables: ``fastv 25%``."""
-        return " ".join([str(self.use), *(str(self.options[key]) for key in ("keep",) if key in self.options)])
+        """A short name for tables: ``fastv 25%``, ``fastv average 192``."""
+        keep = self.options.get("keep")
+        words = [f"{meaning} {amount}" for meaning, amount in keep.items()] if isinstance(keep, Mapping) else [keep]
+        return " ".join([str(self.use), *(str(word) for word in words if word is not None)])
 
     def plain(self) -> dict[str, Any]:
         """``{use, **options}``, as it was before it was read."""

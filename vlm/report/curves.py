@@ -13,6 +13,7 @@ TITLES = {
     "tokens_per_s": "tokens per second",
     "data_wait_s": "waiting for data (seconds per step)",
 }
+MEMBERS = 12  # methods in one chart: more lines cannot be told apart
 RATES = ("samples_per_s", "tokens_per_s", "data_wait_s")
 
 
@@ -79,10 +80,12 @@ def by_position(evaluation: Evaluation) -> Html:
     }
     for name in names:
         for family, members in families.items():
-            if members:
-                shown = [plain, *members] if plain is not None else members
+            for first in range(0, len(members), MEMBERS):
+                some = members[first : first + MEMBERS]
+                shown = [plain, *some] if plain is not None else some
                 lines = [_position_line(result, name, result.label, result is plain) for result in shown]
-                charts.append(_position_chart(f"{title(name, names)}: {family}", lines))
+                which = f", {some[0].label} to {some[-1].label}" if len(members) > MEMBERS else ""
+                charts.append(_position_chart(f"{title(name, names)}: {family}{which}", lines))
         if plain is not None and len(names) == 1 and not evaluation.methods:
             charts.append(_position_chart(title(name, names), [_position_line(plain, name, plain.label, True)]))
     return tag("div", *charts, class_="charts") if charts else Html("")

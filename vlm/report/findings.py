@@ -167,7 +167,10 @@ def _saved(plain: Result, method: Result) -> str:
         parts.append(f"{b.llm_flops_per_prompt / a.llm_flops_per_prompt:.0%} of the language model's FLOPs")
     if a.kv_bytes_per_prompt and b.kv_bytes_per_prompt is not None:
         parts.append(f"{b.kv_bytes_per_prompt / a.kv_bytes_per_prompt:.0%} of the KV bytes")
-    return f" Against plain it computes with {_and(parts)}."
+    took = ""
+    if a.prefill_s and b.prefill_s is not None:
+        took = f", in {b.prefill_s / a.prefill_s:.0%} of the prefill time"
+    return f" Against plain it computes with {_and(parts)}{took}."
 
 
 def _overall(evaluation: Evaluation, plain: Result) -> list[Finding]:

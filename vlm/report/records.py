@@ -89,12 +89,13 @@ class VisualTokens(Value):
 
 
 class Cost(Value):
-    """What one result cost: wall seconds of its evaluation, and FLOPs and bytes computed for one prompt."""
+    """What one result cost: seconds of its evaluation and of the prefill of a batch, FLOPs and bytes of a prompt."""
 
     seconds: NotNegative | None = None
     visual_tokens: VisualTokens | None = None
     llm_flops_per_prompt: NotNegative | None = None
     kv_bytes_per_prompt: NotNegative | None = None
+    prefill_s: NotNegative | None = None
 
 
 class Change(Value):

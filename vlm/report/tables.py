@@ -12,6 +12,13 @@ from vlm.report.records import Cost, Evaluation, Interval, Result
 SIGNS = {"helps": "▲", "hurts": "▼", "same": "●"}
 WORDS = {"helps": "better than plain", "hurts": "worse than plain", "same": "no measurable change"}
 WIDTH, HEIGHT = 150, 26  # of one drawn interval
+# Headings of the columns of costs, each with what it means in small.
+COSTS = (
+    ("LLM FLOPs", Html("")),
+    ("KV bytes", tag("small", "held")),
+    ("prefill", tag("small", "time, with scoring")),
+    ("seconds", tag("small", "of the evaluation")),
+)
 
 
 def comparison(evaluation: Evaluation) -> Html:
@@ -25,13 +32,13 @@ def comparison(evaluation: Evaluation) -> Html:
     ]
     shown = [quantity for name in names for quantity in columns[name]]
     firsts = {columns[name][0] for name in names if columns[name]}
+    tokens = tag("th", "visual tokens", tag("small", "final, and mean over layers"), rowspan=2, scope="col")
+    costs = [tag("th", *words, scope="col", class_=None if number else "group") for number, words in enumerate(COSTS)]
     head = tag(
         "thead",
-        tag("tr", tag("th", "result", rowspan=2, scope="col"), tag("th", "visual tokens", rowspan=2, scope="col"),
-            *groups, tag("th", "cost (×: relative to plain)", colspan=3, scope="colgroup", class_="group")),
-        tag("tr", *(tag("th", q.title, scope="col", class_="group" if q in firsts else None) for q in shown),
-            tag("th", "LLM FLOPs", scope="col", class_="group"), tag("th", "KV bytes", scope="col"),
-            tag("th", "seconds", scope="col")),
+        tag("tr", tag("th", "result", rowspan=2, scope="col"), tokens, *groups,
+            tag("th", "cost (×: relative to plain)", colspan=len(costs), scope="colgroup", class_="group")),
+        tag("tr", *(tag("th", q.title, scope="col", class_="group" if q in firsts else None) for q in shown), *costs),
     )  # fmt: skip
     rows = [_row(evaluation, result, shown, firsts) for result in results]
     table = tag("table", head, tag("tbody", *rows), class_="comparison")
@@ -49,6 +56,7 @@ def _row(evaluation: Evaluation, result: Result, shown: Sequence[Quantity], firs
         *cells,
         tag("td", _ratio(result.cost.llm_flops_per_prompt, base.llm_flops_per_prompt), class_="group"),
         tag("td", _ratio(result.cost.kv_bytes_per_prompt, base.kv_bytes_per_prompt)),
+        _prefill(result.cost.prefill_s, base.prefill_s),
         tag("td", "–" if result.cost.seconds is None else f"{result.cost.seconds:.1f}"),
         class_="plain" if result.is_plain else None,
     )
@@ -62,6 +70,11 @@ def _tokens(result: Result) -> Html:
     if tokens.average is not None and tokens.average != tokens.after:
         parts.append(tag("small", f"mean {tokens.average:.3g}", title="mean over the layers of the decoder"))
     return tag("td", *parts)
+
+
+def _prefill(seconds: float | None, base: float | None) -> Html:
+    shown = "" if seconds is None else tag("small", f"{1e3 * seconds:.3g} ms", title="of one batch, median")
+    return tag("td", _ratio(seconds, base), shown)
 
 
 def _ratio(value: float | None, base: float | None) -> str:

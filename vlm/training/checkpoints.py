@@ -77,11 +77,12 @@ def newest(folder: Path) -> Checkpoint | None:
     return max(points, key=lambda point: (point.stage, point.step), default=None)
 
 
-def point_of(path: Path) -> Checkpoint:
-    """The checkpoint at ``path``. Raises TrainingError when there is none or its name says no stage and step."""
+def point_of(path: Path, key: str = "run.resume") -> Checkpoint:
+    """The checkpoint at ``path``, which the recipe's ``key`` names. Raises TrainingError when there is none or its name
+    says no stage and step."""
     match = NAME.fullmatch(path.name)
     if not path.is_file() or match is None:
-        raise TrainingError(f"run.resume: expected a checkpoint stage<i>-<name>-step<n>.ckpt; found {path}")
+        raise TrainingError(f"{key}: expected a checkpoint stage<i>-<name>-step<n>.ckpt; found {path}")
     return Checkpoint(path, int(match[1]), int(match[3]))
 
 

@@ -247,13 +247,29 @@ def _trainer(
     )
 
 
-def trained_weights(recipe: Recipe, model: VisionLanguageModel) -> Path:
-    """Load the newest checkpoint of the run into ``model``. Raises TrainingError when there is none."""
-    folder = Path(recipe.run.dir) / "checkpoints"
+def find_weights(recipe: Recipe) -> Path:
+    """The checkpoint that is evaluated: the newest of the run, or what ``run.weights`` means.
+
+    Raises TrainingError when there is none.
+    """
+    other = recipe.run.weights
+    if other is not None and Path(other).suffix == ".ckpt":
+        return checkpoints.point_of(Path(other), "run.weights").path
+    folder = Path(other or recipe.run.dir) / "checkpoints"
     point = checkpoints.newest(folder)
     if point is None:
-        raise TrainingError(f"{folder}: expected a checkpoint of this run, found none; run `vlm train` first")
-    content = checkpoints.read(point.path)
-    checkpoints.check_recipe(content, point.path, recipe.identity())
-    checkpoints.load_weights(model, content, point.path)
+        way = "run `vlm train` first" if other is None else "train that run first, or set run.weights=null"
+        raise TrainingError(f"{folder}: expected a checkpoint of this run, found none; {way}")
     return point.path
+
+
+def trained_weights(recipe: Recipe, model: VisionLanguageModel) -> Path:
+    """Load the checkpoint of :func:`find_weights` into ``model``, and say which it is.
+
+    Raises TrainingError when there is none, or it is of another recipe.
+    """
+    path = find_weights(recipe)
+    content = checkpoints.read(path)
+    checkpoints.check_recipe(content, path, recipe.identity())
+    checkpoints.load_weights(model, content, path)
+    return path
