@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -91,7 +92,7 @@ class Chair:
 
     def ask(self) -> list[Question]:
         """The prompt for every image; a question's id is the image's key."""
-        return [Question(image, image, self.prompt) for image in self._truth]
+        return [Question(image, (image,), self.prompt) for image in self._truth]
 
     def score(self, answers: Mapping[str, str]) -> dict[str, dict[str, Any]]:
         """chair_s, chair_i, recall, precision, length, by_position, n, ci (of chair_s) and ci_i, under "".
@@ -100,6 +101,11 @@ class Chair:
             DataError: an image has no caption.
         """
         return {"": _metrics(self._judge(answers), self.seed)}
+
+    def aliases(self) -> dict[str, str]:
+        """COCO's number of an image (42) beside its file name (COCO_val2014_000000000042.jpg)."""
+        numbers = {image: re.search(r"(\d+)$", Path(image).stem) for image in self._truth}
+        return {str(int(found.group(1))): image for image, found in numbers.items() if found}
 
     def score_at(self, answers: Mapping[str, str], words: Iterable[int]) -> dict[int, dict[str, Any]]:
         """The same with every caption cut to its first so many words: methods compared at equal length."""

@@ -18,16 +18,28 @@ from vlm.data.errors import DataError
 
 @dataclass(frozen=True)
 class Question:
-    """One prompt about one image.
+    """One prompt about one image, several, or none.
 
-    `id` is unique in the benchmark and the key of its answer; `image` is the key in the image source; `group`
-    the part of the benchmark it is scored in (a POPE split, say), "" if there is only one.
+    `id` is unique in the benchmark and the key of its answer; `images` are keys in the image source, in the order in
+    which they are shown before the prompt; `group` is the part of the benchmark it is scored in (a POPE split, say),
+    "" if there is only one.
     """
 
     id: str
-    image: str
+    images: tuple[str, ...]
     prompt: str
     group: str = ""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.images, str):
+            raise DataError(f"question {self.id!r}: images: expected a tuple of keys, found {self.images!r}")
+
+    @property
+    def image(self) -> str:
+        """The key of the only image. Raises DataError where there are none or several."""
+        if len(self.images) != 1:
+            raise DataError(f"question {self.id!r}: expected one image, found {len(self.images)}")
+        return self.images[0]
 
 
 @runtime_checkable
@@ -36,7 +48,10 @@ class Benchmark(Protocol):
 
     `source` names paper and section, `verified` how far our version was compared with the published one.
     `ask` and not `questions`, since a recipe calls its question files that. A benchmark of captions also has
-    `mentions(question id, answer)` and `truth_of(question id)`, from which the report draws its pictures.
+    `mentions(question id, answer)` and `truth_of(question id)`, from which the report draws its pictures. For scoring
+    files that something else wrote (`predictions.py`) a benchmark may have `aliases()`, other names of its ids,
+    `labels()`, the right answer by id where it is yes or no, and `read_answers(path)` where its official form is none
+    that every benchmark takes; with a judge it has `judge_requests(answers)`.
     """
 
     source: ClassVar[str]
@@ -52,7 +67,10 @@ class Benchmark(Protocol):
         ...
 
     def score(self, answers: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-        """Group -> numbers, each with `n` and `ci` (95 %); they are reported as `<benchmark>_<group>`."""
+        """Group -> numbers, each with `n` and `ci` (95 %, of the first number); reported as `<benchmark>_<group>`.
+
+        Rates are fractions, whatever the paper prints.
+        """
         ...
 
     def compare(self, baseline: Mapping[str, str], answers: Mapping[str, str]) -> dict[str, dict[str, Any]]:
@@ -62,6 +80,20 @@ class Benchmark(Protocol):
     def protocol(self) -> dict[str, dict[str, Any]]:
         """Group -> what it takes to get the same number again: prompt, parser, files with hashes, seed, n."""
         ...
+
+
+def card_of(benchmark: Benchmark, files: Sequence[str | Path], n: int, **more: Any) -> dict[str, Any]:
+    """The part of a protocol card that every benchmark has; `more` comes between its name and its limits."""
+    return {
+        "benchmark": type(benchmark).__name__.lower(),
+        **more,
+        "max_new_tokens": benchmark.max_new_tokens,
+        "limit": getattr(benchmark, "limit", None),
+        "seed": getattr(benchmark, "seed", None),
+        "files": [file_card(path) for path in files],
+        "source": benchmark.source,
+        "n": n,
+    }
 
 
 def file_card(path: str | Path) -> dict[str, str]:

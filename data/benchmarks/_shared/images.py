@@ -6,9 +6,11 @@ Question files name images as files ("COCO_val2014_000000000042.jpg", "test/0001
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
+from vlm.data.benchmarks._shared.contract import Question
 from vlm.data.errors import DataError
 from vlm.data.index import load_manifest
 from vlm.data.store import Store
@@ -44,6 +46,17 @@ class ImageSource:
         """
         return self._read_file(key) if self._store is None else self._read_sample(self._store, key)
 
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """The keys that have no image, each once, in order."""
+        return [key for key in dict.fromkeys(keys) if not self._has(key)]
+
+    def _has(self, key: str) -> bool:
+        try:
+            found = self._file_of(key) if self._store is None else self._store.by_key(_without_extension(key))
+            return found is not None
+        except DataError:
+            return False
+
     def _read_sample(self, store: Store, key: str) -> bytes:
         sample = store.read(store.by_key(_without_extension(key)))
         if len(sample.media) != 1:
@@ -53,10 +66,21 @@ class ImageSource:
         return sample.media[0]
 
     def _read_file(self, key: str) -> bytes:
+        file = self._file_of(key)
+        if file is None:
+            raise DataError(f"images: {self.path}: no image {key!r}")
+        return file.read_bytes()
+
+    def _file_of(self, key: str) -> Path | None:
         for name in (key, *(key + extension for extension in EXTENSIONS)):
             file = self.path / name
             if not file.resolve().is_relative_to(self.path.resolve()):
                 raise DataError(f"images: {key!r} leads out of {self.path}")
             if file.is_file():
-                return file.read_bytes()
-        raise DataError(f"images: {self.path}: no image {key!r}")
+                return file
+        return None
+
+
+def missing_images(images: str | Path, questions: Iterable[Question]) -> list[str]:
+    """The keys that questions name and the source lacks, in order. Raises DataError where there is no such folder."""
+    return ImageSource(images).missing(key for question in questions for key in question.images)

@@ -42,12 +42,14 @@ DOUBLE_WORDS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Mention:
-    """An object named in a caption at [start, end): `text` as written, `object` its category."""
+    """An object named in a caption at [start, end): `text` as written, `object` its category, `word` the vocabulary's
+    word for it."""
 
     text: str
     start: int
     end: int
     object: str
+    word: str = ""
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ class Vocabulary:
     def mentions(self, caption: str) -> list[Mention]:
         """Every object the caption names, in order, repeats included."""
         return [
-            Mention(caption[word.start : word.end], word.start, word.end, self.nodes[word.text])
+            Mention(caption[word.start : word.end], word.start, word.end, self.nodes[word.text], word.text)
             for word in _merged(caption)
             if word.text in self.nodes
         ]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from vlm.data.benchmarks._shared.files import one_of
 from vlm.data.benchmarks._shared.statistics import wilson
 
 Label = Literal["yes", "no"]
@@ -74,13 +75,41 @@ def _vlmeval(answer: str, label: Label) -> Prediction:
     return "yes" if found == {"yes"} else "no"
 
 
+def _exact(answer: str, label: Label) -> Prediction:
+    """AMBER: "Yes" or "No", spelt so, and nothing else."""
+    return {"Yes": "yes", "No": "no"}.get(answer, "unknown")  # pyright: ignore[reportReturnType]
+
+
+def _mme(answer: str, label: Label) -> Prediction:
+    """MME: the bare word, or else "yes", then "no", within the first four characters."""
+    text = answer.lower()
+    if text in ("yes", "no"):
+        return text
+    start = text[:4]
+    return "yes" if "yes" in start else "no" if "no" in start else "unknown"
+
+
+def _first_word(answer: str, label: Label) -> Prediction:
+    """The first word, whatever marks surround it."""
+    word = re.search(r"\w+", answer.lower())
+    return word.group() if word and word.group() in ("yes", "no") else "unknown"  # pyright: ignore[reportReturnType]
+
+
 PARSERS: Mapping[str, Parser] = {
     "official": Parser(_official),
     "vcd": Parser(_vcd),
     "pai": Parser(_pai),
     "lmms": Parser(_lmms, unknown_is_no=False),
     "vlmeval": Parser(_vlmeval),
+    "exact": Parser(_exact),
+    "mme": Parser(_mme),
+    "first_word": Parser(_first_word),
 }
+
+
+def parser_named(name: str, benchmark: str) -> Parser:
+    """The parser of that name. Raises DataError where there is none."""
+    return PARSERS[one_of(name, PARSERS, f"{benchmark}: parser")]
 
 
 def _ratio(top: int, bottom: int, name: str, warnings: list[str]) -> float:
