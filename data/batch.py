@@ -17,15 +17,22 @@ class Example:
     """One sample ready for the model: token ids with ONE placeholder id per image, and what they are worth.
 
     `weights[t]` is the loss weight of predicting `tokens[t]`; 0 where it is not supervised. `position` is the place in
-    the global order.
+    the global order. Where pictures are tiled, `tiles` has an entry for each image (see `vlm.data.images.Views`) and
+    `images` its views one after the other; otherwise `images` are the images themselves.
     """
 
     key: str
     tokens: list[int]
     weights: list[float]
-    images: Float[Tensor, "images 3 height width"]
+    images: Float[Tensor, "views 3 height width"]
     tags: tuple[str, ...] = ()
     position: int = -1
+    tiles: tuple[tuple[int, int, int, int], ...] = ()
+
+    @property
+    def image_count(self) -> int:
+        """How many images the sample shows."""
+        return len(self.tiles) or len(self.images)
 
 
 @dataclass
@@ -34,15 +41,28 @@ class Batch:
 
     `weights[b, t]` is the loss weight of predicting `tokens[b, t]`. The n-th placeholder in row b stands for the n-th
     image whose `image_owner` is b. All images of a batch have one size.
+
+    `tiles` is None where every image is one view. Otherwise row n says of image n: rows and columns of its tiles (0 and
+    0: it is shown whole only), height and width of the picture; `images` then are views, those of one image together:
+    whole, then its tiles row by row.
     """
 
     tokens: Int[Tensor, "batch tokens"]
     length: Int[Tensor, " batch"]
     weights: Float[Tensor, "batch tokens"]
-    images: Float[Tensor, "images 3 height width"]
+    images: Float[Tensor, "views 3 height width"]
     image_owner: Int[Tensor, " images"]
     keys: list[str]
     tags: list[tuple[str, ...]]
+    tiles: Int[Tensor, "images 4"] | None = None
+
+    @property
+    def whole_images(self) -> Float[Tensor, "images 3 height width"]:
+        """Each image as its whole view."""
+        if self.tiles is None:
+            return self.images
+        views = 1 + self.tiles[:, 0] * self.tiles[:, 1]
+        return self.images[views.cumsum(0) - views]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch with its tensors on `device`."""
@@ -67,7 +87,8 @@ def blank_example(pad_id: int, key: str = "", position: int = -1) -> Example:
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:
-    """Pad and stack. Raises DataError if images differ in size or an example has no tokens."""
+    """Pad and stack. Raises DataError if images differ in size, views are not those of the tiles, or an example has no
+    tokens."""
     for example in examples:
         if not example.tokens or len(example.tokens) != len(example.weights):
             found = f"{len(example.tokens)} and {len(example.weights)}"
@@ -76,7 +97,7 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
             )
     tokens = [torch.tensor(example.tokens) for example in examples]
     weights = [torch.tensor(example.weights, dtype=torch.float32) for example in examples]
-    owners = [row for row, example in enumerate(examples) for _ in range(len(example.images))]
+    owners = [row for row, example in enumerate(examples) for _ in range(example.image_count)]
     return Batch(
         tokens=pad_sequence(tokens, batch_first=True, padding_value=pad_id),
         length=torch.tensor([len(row) for row in tokens]),
@@ -85,7 +106,21 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
         image_owner=torch.tensor(owners, dtype=torch.int64),
         keys=[example.key for example in examples],
         tags=[example.tags for example in examples],
+        tiles=_tile_table(examples),
     )
+
+
+def _tile_table(examples: Sequence[Example]) -> Int[Tensor, "images 4"] | None:
+    """The tiles of all images, None where none is tiled."""
+    if not any(example.tiles for example in examples):
+        return None
+    for example in examples:
+        views = sum(1 + rows * columns for rows, columns, _, _ in example.tiles)
+        if views != len(example.images):
+            raise DataError(
+                f"sample {example.key}: image: expected {views} views for its tiles, found {len(example.images)}"
+            )
+    return torch.tensor([entry for example in examples for entry in example.tiles])
 
 
 def _stack_images(examples: Sequence[Example]) -> Float[Tensor, "images 3 height width"]:

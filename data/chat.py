@@ -135,9 +135,10 @@ class ChatEncoder:
         """
         drop = self.drop_image > 0 and draw.rng.random() < self.drop_image
         tokens, weights, refs = self._fit(sample, with_images=not drop)
-        images = [self.transform(decode_image(sample.media[ref], sample.key, self.limits)) for ref in refs]
-        stacked = torch.stack(images) if images else torch.zeros(0, 3, *self.transform.size)
-        return Example(sample.key, tokens, weights, stacked, sample.tags, draw.position)
+        images = [self.transform.views(decode_image(sample.media[ref], sample.key, self.limits)) for ref in refs]
+        pixels = torch.cat([image.pixels for image in images]) if images else torch.zeros(0, 3, *self.transform.size)
+        tiles = tuple(image.tiles for image in images if image.tiles is not None)
+        return Example(sample.key, tokens, weights, pixels, sample.tags, draw.position, tiles)
 
     def prompt(self, messages: Sequence[Message] | Sequence[Part] | str) -> list[int]:
         """Token ids that end where the assistant begins to speak.

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -22,6 +22,16 @@ _FILTERS = {
 }
 
 
+class Views(NamedTuple):
+    """A picture as an encoder sees it: whole, then its tiles from left to right and top to bottom.
+
+    `tiles` are the rows and columns of tiles and the picture's own height and width; None where pictures are not tiled.
+    """
+
+    pixels: Float[Tensor, "views 3 height width"]
+    tiles: tuple[int, int, int, int] | None = None
+
+
 @dataclass(frozen=True)
 class ImageTransform:
     """Resize to `size` (height, width) and normalise with `mean` and `std` per channel, of values in [0, 1].
@@ -31,6 +41,10 @@ class ImageTransform:
     * "crop" fills the frame and cuts what stands out, centred (CLIP).
 
     A picture that has the size already is not resampled.
+
+    `max_tiles` above 0 also cuts large pictures into so many tiles of `size` at most (LLaVA-NeXT, "any resolution"):
+    the picture is fitted into a grid of tiles, the rest is filled with the mean colour, evenly on both sides. A
+    picture that one tile shows as well gets none.
     """
 
     size: tuple[int, int]
@@ -38,6 +52,7 @@ class ImageTransform:
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     resize: Resize = "stretch"
     interpolation: Interpolation = "bicubic"
+    max_tiles: int = 0
 
     def __post_init__(self) -> None:
         for name, kinds in (("resize", Resize), ("interpolation", Interpolation)):
@@ -45,11 +60,31 @@ class ImageTransform:
                 raise DataError(f"{name}: expected one of {', '.join(get_args(kinds))}, found {getattr(self, name)!r}")
         if min(self.size) < 1 or min(self.std) <= 0:
             raise DataError(f"image transform: expected a size and std above 0, found {self.size} and {self.std}")
+        if self.max_tiles < 0:
+            raise DataError(f"image transform: expected max_tiles of at least 0, found {self.max_tiles}")
 
     def __call__(self, image: Image.Image) -> Float[Tensor, "3 height width"]:
         """float32 pixels of an RGB picture, normalised."""
-        pixels = torch.from_numpy(np.array(self.fit(image), np.uint8)).permute(2, 0, 1).float().div_(255)
-        return pixels.sub_(_channels(self.mean)).div_(_channels(self.std)).contiguous()
+        return self._normalised(self.fit(image)).contiguous()
+
+    def views(self, image: Image.Image) -> Views:
+        """The whole picture, and its tiles where `max_tiles` is above 0."""
+        whole = self(image)[None]
+        if not self.max_tiles:
+            return Views(whole)
+        rows, columns = tile_grid(image.height, image.width, self.size, self.max_tiles)
+        shape = (rows, columns, image.height, image.width)
+        if rows * columns == 1:
+            return Views(whole, (0, 0, *shape[2:]))
+        height, width = self.size
+        frame = (columns * width, rows * height)
+        pixels = self._normalised(self._pad(image, frame, _FILTERS[self.interpolation]))
+        tiles = pixels.unflatten(2, (columns, width)).unflatten(1, (rows, height))  # [3,rows,h,columns,w]
+        return Views(torch.cat([whole, tiles.permute(1, 3, 0, 2, 4).flatten(0, 1)]), shape)
+
+    def _normalised(self, image: Image.Image) -> Float[Tensor, "3 height width"]:
+        pixels = torch.from_numpy(np.array(image, np.uint8)).permute(2, 0, 1).float().div_(255)
+        return pixels.sub_(_channels(self.mean)).div_(_channels(self.std))
 
     def fit(self, image: Image.Image) -> Image.Image:
         """The resized picture, as the encoder will see it."""
@@ -70,6 +105,33 @@ class ImageTransform:
         canvas = Image.new("RGB", frame, tuple(round(channel * 255) for channel in self.mean))
         canvas.paste(image.resize((width, height), sampling), ((frame[0] - width) // 2, (frame[1] - height) // 2))
         return canvas
+
+
+def tile_grid(height: int, width: int, size: tuple[int, int], max_tiles: int) -> tuple[int, int]:
+    """Rows and columns of the grid of at most `max_tiles` tiles of `size` that shows a picture best.
+
+    Best is what keeps the most of the picture's pixels and, among those, wastes the fewest of the grid's; then the
+    fewest tiles. Source: LLaVA-NeXT (2024), its `select_best_resolution`, over all grids.
+    """
+
+    def worth(grid: tuple[int, int]) -> tuple[int, int]:
+        rows, columns = grid[0] * size[0], grid[1] * size[1]
+        if rows * width <= columns * height:
+            kept = rows * (width * rows // height)
+        else:
+            kept = columns * (height * columns // width)
+        kept = min(kept, height * width)
+        return kept, kept - rows * columns
+
+    return max(_grids(max_tiles), key=worth)
+
+
+@cache
+def _grids(max_tiles: int) -> list[tuple[int, int]]:
+    """Every grid of at most so many tiles; those of fewer tiles first."""
+    sides = range(1, max_tiles + 1)
+    grids = [(rows, columns) for rows in sides for columns in sides if rows * columns <= max_tiles]
+    return sorted(grids, key=lambda grid: (grid[0] * grid[1], grid[0]))
 
 
 @cache

@@ -59,7 +59,7 @@ def _card(sample: Sample, example: Example, encoder: ChatEncoder) -> str:
     facts = [
         f"{len(example.tokens)} tokens",
         f"{sum(weight > 0 for weight in example.weights)} supervised",
-        f"{len(example.images)} images",
+        f"{example.image_count} images",
         *(f"{name} {value}" for name, value in (("source", sample.source), ("license", sample.license)) if value),
         *([f"tags {', '.join(sample.tags)}"] if sample.tags else []),
     ]

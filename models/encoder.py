@@ -9,6 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vlm.models.errors import ModelError
+from vlm.models.part import Part
 
 
 class ImageSpec(NamedTuple):
@@ -49,7 +50,7 @@ class Encoder(Protocol):
     def __call__(self, images: Float[Tensor, "images 3 height width"]) -> Features: ...
 
 
-class TimmEncoder(nn.Module):
+class TimmEncoder(Part):
     """A timm model as an encoder: features of one block, blocks after it removed.
 
     layer: -1 is the last block with the model's final norm; any other block index comes without norm, which is

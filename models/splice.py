@@ -18,7 +18,8 @@ class Visual:
 
     features [images, tokens, width]; place [images, tokens] raster index in ``grid``; valid marks real tokens
     (images may keep different numbers after a cut). Image i belongs to row owner[i]; owners ascend. whole: positions
-    are counted as if every place of the grid were there.
+    are counted as if every token that there was before a cut were there: size[i] of image i, of which a token was
+    number [images, tokens]. Without tiles that is every place of the grid.
     """
 
     def __init__(
@@ -34,6 +35,8 @@ class Visual:
         self.features, self.grid, self.owner, self.whole = features, grid, owner, whole
         everywhere = torch.arange(count[1], device=features.device).expand(count)
         self.place = everywhere if place is None else place
+        self.number: Int[Tensor, "images tokens"] = self.place
+        self.size: Int[Tensor, " images"] = torch.full_like(owner, grid[0] * grid[1])
         self.valid = torch.ones(count, dtype=torch.bool, device=features.device) if valid is None else valid
 
 
@@ -88,9 +91,8 @@ def splice(
     spliced = int(totals.max()) if batch else 0
     column = torch.arange(len(origin), device=device) - (totals.cumsum(0) - totals)[row]  # place in its row
     position = column
-    size = visual.grid[0] * visual.grid[1]
-    if visual.whole:
-        uncut = torch.where(is_image, size, text_valid.long())  # [B,L] tokens there would be
+    if visual.whole and len(per_image):
+        uncut = torch.where(is_image, visual.size[image_of.clamp_min(0)], text_valid.long())  # [B,L] tokens there were
         position = (uncut.cumsum(1) - uncut).flatten()[origin]
     if side == "left":
         column = column + spliced - totals[row]
@@ -105,7 +107,9 @@ def splice(
         features = visual.features[image.clamp_min(0), picked].to(values.dtype)
         values = torch.where(from_image[:, None], features, values)
         raster = torch.where(from_image, visual.place[image.clamp_min(0), picked], -1)
-        position = position + raster.clamp_min(0) if visual.whole else position
+        if visual.whole:
+            number = visual.number[image.clamp_min(0), picked]
+            position = position + number.masked_fill(~from_image, 0)
 
     def fill(value: Tensor, empty: int) -> Tensor:
         out = torch.full((batch, spliced), empty, dtype=torch.long, device=device)

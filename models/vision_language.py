@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlm.models.base import BaseVlm, pixel_seed
+from vlm.models.errors import ModelError
 from vlm.models.program.layout import Side, compact
 from vlm.models.program.run import Run
 from vlm.models.program.signals import Vision
 from vlm.models.splice import IMAGE_TOKEN, Visual, check_placeholders, splice
+from vlm.models.tiles import TileTable, tile_table
 
 
 class Inputs(NamedTuple):
@@ -20,34 +22,40 @@ class Inputs(NamedTuple):
 
     valid marks real tokens. Image i belongs to row owner[i]; its placeholder is the next one of that row in
     reading order. keys name the samples in error messages.
+
+    tiles: for images that come in several views: rows and columns of each image's tiles, height and width of its
+    picture in pixels (any unit will do). ``images`` then holds, image by image, the whole and its tiles row by row.
     """
 
     tokens: Int[Tensor, "batch length"]
     valid: Bool[Tensor, "batch length"]
-    images: Float[Tensor, "images 3 height width"]
+    images: Float[Tensor, "views 3 height width"]
     owner: Int[Tensor, " images"]
     keys: Sequence[str] = ()
+    tiles: Int[Tensor, "images 4"] | None = None
 
     def without_images(self) -> "Inputs":
         """The same prompts with their images removed, placeholders included."""
         index, valid = compact(self.valid & (self.tokens != IMAGE_TOKEN), "right")
         tokens = self.tokens.gather(1, index).masked_fill(~valid, 0)
-        return Inputs(tokens, valid, self.images[:0], self.owner[:0], self.keys)
+        tiles = None if self.tiles is None else self.tiles[:0]
+        return Inputs(tokens, valid, self.images[:0], self.owner[:0], self.keys, tiles)
 
 
 class VisionLanguageModel(BaseVlm):
     """A vision encoder, a connector and a causal language model.
 
-    Parts are named as in a recipe: ``vision``, ``connector``, ``language``.
+    Parts are named as in a recipe: ``vision``, ``connector``, ``language``. max_tiles: views that an image may have
+    besides the whole one.
     """
 
     # Any: nn.Module's attribute types hide what Encoder and the connectors promise.
     vision: Any
     connector: Any
 
-    def __init__(self, vision: nn.Module, connector: nn.Module, language: PreTrainedModel) -> None:
+    def __init__(self, vision: nn.Module, connector: nn.Module, language: PreTrainedModel, max_tiles: int = 0) -> None:
         super().__init__()
-        self.vision, self.connector, self.language = vision, connector, language
+        self.vision, self.connector, self.language, self.max_tiles = vision, connector, language, max_tiles
         self.visual_grid: tuple[int, int] = self.connector.grid(*self.vision.grid)
 
     @property
@@ -56,52 +64,79 @@ class VisionLanguageModel(BaseVlm):
         return self.language.get_decoder()
 
     @property
-    def visual_tokens(self) -> int:
-        """Visual tokens of an image before any cut."""
-        return self.visual_grid[0] * self.visual_grid[1]
+    def visual_tokens(self) -> int | None:
+        """Visual tokens of an image before any cut; None where images come in tiles."""
+        return None if self.max_tiles else self.most_visual_tokens
+
+    @property
+    def most_visual_tokens(self) -> int:
+        """Visual tokens of an image before any cut, with as many tiles as it may have."""
+        return self.visual_grid[0] * self.visual_grid[1] * (1 + self.max_tiles)
 
     def visual_counts(self, inputs: Inputs) -> Int[Tensor, " batch"]:
-        return self.visual_tokens * torch.bincount(inputs.owner, minlength=len(inputs.tokens))
+        return self._counts(inputs, self._tiles(inputs))
+
+    def _counts(self, inputs: Inputs, table: TileTable | None) -> Int[Tensor, " batch"]:
+        if table is None:
+            whole = self.visual_grid[0] * self.visual_grid[1]
+            return whole * torch.bincount(inputs.owner, minlength=len(inputs.tokens))
+        return inputs.owner.new_zeros(len(inputs.tokens)).scatter_add(0, inputs.owner, table.size)
+
+    def _tiles(self, inputs: Inputs) -> TileTable | None:
+        """What the views of a batch are; None where each is an image."""
+        if inputs.tiles is None or not len(inputs.tiles):
+            return None
+        most = int((inputs.tiles[:, 0] * inputs.tiles[:, 1]).max())
+        if most > self.max_tiles:
+            raise ModelError(f"images: expected at most {self.max_tiles} tiles of an image; found {most}")
+        return tile_table(inputs.tiles, self.visual_grid, self.connector.spatial, len(inputs.images))
 
     @property
     def refuses(self) -> Mapping[str, str]:
-        if self.visual_grid == self.vision.grid:
+        if self.connector.token_wise:
             return {}
-        why = f"the connector folds {self.vision.grid} to {self.visual_grid}; prune at llm.in instead"
+        grids = f"{self.vision.grid} to {self.visual_grid}"
+        why = f"the connector {type(self.connector).__name__} mixes tokens, {grids}; prune at llm.in instead"
         return dict.fromkeys(("vit.mid", "vit.after", "vit.out"), why)
 
     @property
     def vision_facts(self) -> Vision:
         encoder = self.vision
         blind = "" if encoder.blocks else f"{type(encoder).__name__} has no attention blocks"
+        blind = getattr(encoder, "blind", "") or blind
         return Vision(encoder.depth, len(encoder.blocks), encoder.output, encoder.class_token, encoder.cuts, blind)
 
-    def encode(self, inputs: Inputs) -> Visual:
-        """Encode, prune and project the images of a batch."""
+    def encode(self, inputs: Inputs, table: TileTable | None = None) -> Visual:
+        """Encode, prune and project the images of a batch; the views of all of them go through the encoder at once."""
+        table = self._tiles(inputs) if table is None else table
         engine = None if self.engine is None else self.engine.vision
+        cut = None
         if engine is None or not engine.acts:
             found = self.vision(inputs.images)  # tokens [N,P,V]
-            return Visual(self.connector(found.tokens, found.grid), self.visual_grid, inputs.owner)
-        engine.begin(len(inputs.images), pixel_seed(inputs.images))
-        found = self.vision(inputs.images)
-        cut = engine.finish(found.tokens)
-        if cut is None:
-            return Visual(self.connector(found.tokens, found.grid), self.visual_grid, inputs.owner)
-        features = cut.features.to(found.tokens.dtype)
+        else:
+            views = () if table is None else (table.image, table.real)
+            engine.begin(len(inputs.images), pixel_seed(inputs.images), *views)
+            found = self.vision(inputs.images)
+            cut = engine.finish(found.tokens)
+        features = found.tokens if cut is None else cut.features.to(found.tokens.dtype)
+        left = () if cut is None or engine is None else (cut.place, cut.valid, engine.position == "keep")
         projected = self.connector(features, found.grid)
-        return Visual(projected, self.visual_grid, inputs.owner, cut.place, cut.valid, engine.position == "keep")
+        if table is None:
+            return Visual(projected, self.visual_grid, inputs.owner, *left)
+        return table.join(projected, inputs.owner, *left)
 
     def _enter(self, inputs: Inputs, side: Side | None) -> tuple[Tensor, Run]:
         side = side or "right"
         check_placeholders(inputs.tokens, inputs.valid, inputs.owner, inputs.keys)
         embedded = self.language.get_input_embeddings()(inputs.tokens.clamp_min(0))
+        table, seed = self._tiles(inputs), pixel_seed(inputs.images)
         if len(inputs.images):
-            visual = self.encode(inputs)
+            visual = self.encode(inputs, table)
         else:
             visual, embedded = self._without_images(inputs, embedded)
         embeds, layout = splice(inputs.tokens, inputs.valid, embedded, visual, side)
-        run = Run(layout, side, pixel_seed(inputs.images))
-        run.total = self.visual_counts(inputs)  # an encoder may have cut some already
+        run = Run(layout, side, seed if table is None else table.sum_by_image(seed) % 2**40)
+        run.total = self._counts(inputs, table)  # an encoder may have cut some already
         return (embeds if self.engine is None else self.engine.enter_language(embeds, run)), run
 
     def _without_images(self, inputs: Inputs, embedded: Tensor) -> tuple[Visual, Tensor]:

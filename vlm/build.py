@@ -1,6 +1,7 @@
 """From a recipe to the objects it names: model, tokenizer, encoder of samples, data."""
 
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from vlm.create import create
 from vlm.data.chat import TEMPLATES, ChatEncoder
 from vlm.data.images import ImageTransform
 from vlm.models.language import build_language, load_language, load_tokenizer
+from vlm.models.program.decode import Decoder
 from vlm.models.program.program import Program
 from vlm.models.program.signals import Facts
 from vlm.models.splice import IMAGE_TOKEN
@@ -47,7 +49,14 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, meta: bool =
         connector: Any = create(
             "connector", recipe.model.connector, vision_dim=vision.dim, language_dim=language.config.hidden_size
         )
-        return VisionLanguageModel(vision, connector, language)
+        model = VisionLanguageModel(vision, connector, language, recipe.model.image.tiles)
+    model.tokenize = partial(_token_ids, tokenizer)
+    return model
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """What a method's own words are for the model."""
+    return tokenizer.encode(text, add_special_tokens=False)
 
 
 def _language(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, meta: bool) -> Any:
@@ -64,7 +73,8 @@ def build_encoder(
 ) -> ChatEncoder:
     """What turns a sample into token ids and pixels for this model."""
     image = model.vision.image
-    transform = ImageTransform((image.size, image.size), image.mean, image.std, interpolation=image.interpolation)
+    size, tiles = (image.size, image.size), recipe.model.image.tiles
+    transform = ImageTransform(size, image.mean, image.std, interpolation=image.interpolation, max_tiles=tiles)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise RecipeError(f"model.language.tokenizer: expected a fast tokenizer; found {type(tokenizer).__name__}")
     name = recipe.model.template
@@ -79,6 +89,12 @@ def program_of(row: Comparison, facts: Facts) -> Program:
     methods += [create("kv", row.kv)] if row.kv else []
     methods += [create("mitigate", method) for method in row.mitigate]
     return tuple(pair for method in methods for pair in method.program(facts))
+
+
+def decoder_of(recipe: Recipe) -> Decoder | None:
+    """How the evaluation chooses tokens; None is greedily."""
+    decode = recipe.evaluate.decode
+    return None if decode is None else create("decode", decode)
 
 
 def make_data(recipe: Recipe, progress: Any = None) -> Path | None:

@@ -7,15 +7,16 @@ holds a function ``make``.
 """
 
 import inspect
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType, NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import vlm
+from vlm.recipe import units
 from vlm.recipe.coerce import coerce
 from vlm.recipe.errors import RecipeError, unknown
 from vlm.recipe.schema import Recipe
@@ -27,10 +28,13 @@ FOLDERS = {
     "prune": "models/pruners",
     "kv": "models/kv",
     "mitigate": "models/mitigators",
+    "decode": "models/decoders",
     "objective": "objectives",
     "benchmark": "data/benchmarks",
     "make": "data",
 }
+# Options that name methods themselves: the type of one -> its kind. By name, so that no library is imported for it.
+_NESTED = {"vlm.models.encoder.Encoder": "vision"}
 # Arguments that the program fills in and no recipe may set.
 _FILLED_IN = {"connector": {"vision_dim", "language_dim"}, "make": {"progress"}}
 
@@ -75,6 +79,11 @@ def create(kind: str, method: Method, *, check_only: bool = False, **given: Any)
     """
     target = _load(kind, str(method.use), method)
     arguments = read_options(target, method, {*given, *_FILLED_IN.get(kind, ())})
+    for option in options(target):
+        nested = _nested_kind(option.type)
+        if nested and option.name in arguments:
+            methods = arguments[option.name]
+            arguments[option.name] = [create(nested, inner, check_only=check_only) for inner in methods]
     return None if check_only else target(**arguments, **given)
 
 
@@ -199,7 +208,8 @@ def options(target: Callable[..., Any], filled_in: Collection[str] = ()) -> list
 
 
 def read_options(target: Callable[..., Any], method: Method, filled_in: Collection[str] = ()) -> dict[str, Any]:
-    """The options that ``method`` gives to ``target``, each as its declared type.
+    """The options that ``method`` gives to ``target``, each as its declared type; those that name methods themselves as
+    :class:`Method`.
 
     Raises:
         RecipeError: an unknown option, a missing one, a wrong type.
@@ -221,11 +231,27 @@ def _read(method: Method, known: dict[str, Option]) -> Iterator[tuple[str, Any]]
         if option is None:
             raise RecipeError(f"{_start(key, key)} {unknown(key, known)}")
         try:
-            yield option.name, coerce(value, option.type)
+            yield option.name, _methods(value) if _nested_kind(option.type) else coerce(value, option.type)
         except ValueError as error:
             complaint = str(error)
             colon = "" if complaint.startswith("must ") else ":"
             raise RecipeError(f"{_start(key, key)}{colon} {complaint}") from None
+
+
+def _nested_kind(annotation: Any) -> str | None:
+    """The kind of methods that an option of type ``Sequence[...]`` lists; None for any other option."""
+    inner = get_args(annotation)
+    name = f"{inner[0].__module__}.{inner[0].__qualname__}" if inner and inspect.isclass(inner[0]) else ""
+    return _NESTED.get(name) if get_origin(annotation) is Sequence else None
+
+
+def _methods(value: Any) -> list[Method]:
+    if not isinstance(value, list | tuple) or not value:
+        raise ValueError(f"must be a list of methods, found {units.found(value) if value else 'an empty one'}")
+    for item in value:
+        if not isinstance(item, Mapping) or "use" not in item:
+            raise ValueError(f"must be a list of methods such as {{use: ...}}, found {units.found(item)} in it")
+    return [Method.model_validate(item) for item in value]
 
 
 def _start(text: str, fallback: str) -> str:

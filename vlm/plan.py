@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
-from vlm.build import build_model, build_tokenizer, program_of
+from vlm.build import build_model, build_tokenizer, decoder_of, program_of
 from vlm.create import check as check_methods
 from vlm.data.index import load_manifest
 from vlm.data.stream import legal_worlds
 from vlm.evaluation.forecast import forecast
 from vlm.models.errors import ModelError
 from vlm.models.program.attach import check
+from vlm.models.program.decode import Decoder, check_decoder
 from vlm.models.program.program import Program
 from vlm.models.program.schedule import TEXT
 from vlm.models.program.signals import Facts
@@ -26,13 +27,15 @@ def programs_of(recipe: Recipe, facts: Facts) -> dict[str, Program]:
     Raises ModelError for a method that does not fit the model, with its place in the recipe.
     """
     rows = (recipe.own.model_copy(update={"label": "the recipe's own"}), *recipe.comparisons)
-    return {row.title: _program(row, facts) for row in rows}
+    decoder = decoder_of(recipe)
+    return {row.title: _program(row, facts, decoder) for row in rows}
 
 
-def _program(row: Comparison, facts: Facts) -> Program:
+def _program(row: Comparison, facts: Facts, decoder: Decoder | None) -> Program:
     try:
         program = program_of(row, facts)
         check(program, facts)
+        check_decoder(program, decoder)
     except ModelError as error:
         methods = [method for method in (row.prune, row.kv, *row.mitigate) if method]
         where = next((method.where for method in methods if method.where), "")
@@ -114,7 +117,7 @@ def _parts(recipe: Recipe, model: VisionLanguageModel) -> list[str]:
 
 def _programs(recipe: Recipe, model: VisionLanguageModel) -> list[str]:
     """Visual tokens per image before and after each program, and what its prefill costs against plain."""
-    facts, full = model.facts, model.visual_tokens
+    facts, full = model.facts, model.most_visual_tokens
     assert facts.shape is not None  # every model of ours tells it
     plain = forecast((), full, facts.shape)
     rows = [
@@ -128,8 +131,9 @@ def _programs(recipe: Recipe, model: VisionLanguageModel) -> list[str]:
         counts = [f"{mark}{runs(found.main.visual)}", f"{mark}{found.main.average:.1f}", f"{found.main.final:g}"]
         shares = [f"{found.flops / plain.flops:.2f}", f"{found.kv_bytes / plain.kv_bytes:.2f}"]
         rows.append((title, *counts, *shares))
+    tiles = f"; at most: the whole image and {model.max_tiles} tiles" if model.max_tiles else ""
     costs = f"prefill FLOPs and KV bytes against plain, {TEXT} text tokens"
-    note = f"Per image {full} visual tokens before any cut; {costs}."
+    note = f"Per image {full} visual tokens before any cut{tiles}; {costs}."
     return [*table(rows), note, *(["<= where a pruner itself decides how many tokens stay."] if most else [])]
 
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from vlm.models.encoder import Features, ImageSpec
 from vlm.models.errors import ModelError
+from vlm.models.part import Part
 
 
-class OpenClip(nn.Module):
+class OpenClip(Part):
     """An image tower of the open_clip library, by its name there.
 
     Args:
@@ -42,6 +43,9 @@ class OpenClip(nn.Module):
         self.dim, self.grid = self._probe(name)
         self.depth = len(self.blocks)
         self.output = self.layer % self.depth if self.depth else 0
+
+    def options(self) -> dict[str, Any]:
+        return super().options() | {"pretrained": None}
 
     @property
     def blocks(self) -> Sequence[nn.Module]:

@@ -35,3 +35,6 @@ class Timm(TimmEncoder):
         config = resolve_model_data_config(model)
         spec = ImageSpec(image or native, tuple(config["mean"]), tuple(config["std"]), config["interpolation"])
         super().__init__(model, spec, layer)
+
+    def options(self) -> dict[str, Any]:
+        return super().options() | {"pretrained": False}

@@ -6,9 +6,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vlm.models.errors import ModelError
+from vlm.models.part import Part
 
 
-class Mlp(nn.Module):
+class Mlp(Part):
     """Project vision features to the width of the language model with a GELU MLP.
 
     Args:
@@ -19,6 +20,7 @@ class Mlp(nn.Module):
 
     source: ClassVar[str] = "LLaVA-1.5 (CVPR 2024), section 3.3; pixel-shuffle: InternVL 1.5, section 3.1"
     verified: ClassVar[str] = "paper"
+    spatial: ClassVar[bool] = True
 
     def __init__(self, vision_dim: int, language_dim: int, depth: int = 2, shuffle: int = 1) -> None:
         super().__init__()
@@ -29,6 +31,10 @@ class Mlp(nn.Module):
         for _ in range(depth - 1):
             layers += [nn.GELU(), nn.Linear(language_dim, language_dim)]
         self.layers = nn.Sequential(*layers)
+
+    @property
+    def token_wise(self) -> bool:
+        return self.shuffle == 1
 
     def grid(self, rows: int, cols: int) -> tuple[int, int]:
         """The grid of visual tokens of a rows x cols grid of features. Raises ModelError if it does not fold."""

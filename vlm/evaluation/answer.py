@@ -4,15 +4,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from vlm.build import pad_id
 from vlm.data.batch import Example, collate
 from vlm.data.chat import ChatEncoder
 from vlm.data.decode import decode_image
+from vlm.data.images import Views
 from vlm.data.schema import Part
-from vlm.models.program.decode import generate
+from vlm.models.program.decode import Decoder, generate
 from vlm.models.vision_language import Inputs, VisionLanguageModel
 from vlm.training.loss import inputs_of
 
@@ -34,6 +34,7 @@ class Asker:
         read: bytes of an image by its key.
         encoder: of the recipe's model; it also makes the pixels.
         batch: prompts that are answered together.
+        decoder: how tokens are chosen; None is greedily.
     """
 
     def __init__(
@@ -43,9 +44,12 @@ class Asker:
         encoder: ChatEncoder,
         read: Callable[[str], bytes],
         batch: int,
+        decoder: Decoder | None = None,
     ) -> None:
+        self.decoder = decoder
         self.model, self.tokenizer, self.encoder, self.read, self.batch = model, tokenizer, encoder, read, batch
-        self._pixels: OrderedDict[str, Tensor] = OrderedDict()
+        self._seen: OrderedDict[str, Views] = OrderedDict()
+        self._bytes = 0
 
     @property
     def stop(self) -> int:
@@ -59,13 +63,14 @@ class Asker:
         examples = []
         for prompt in prompts:
             tokens = self.encoder.prompt((Part("image", ref=0), Part("text", prompt.text)))
-            pixels = self._image(prompt.image)[None]
-            examples.append(Example(prompt.image, tokens, [0.0] * len(tokens), pixels, (), 0))
+            seen = self._image(prompt.image)
+            tiles = () if seen.tiles is None else (seen.tiles,)
+            examples.append(Example(prompt.image, tokens, [0.0] * len(tokens), seen.pixels, (), 0, tiles))
         device = next(self.model.parameters()).device
         return inputs_of(collate(examples, pad_id(self.tokenizer)).to(device))
 
     def __call__(self, prompts: Sequence[Prompt], tick: Callable[[int], None]) -> dict[Prompt, str]:
-        """The answer to each different prompt, by greedy decoding; ``tick(n)`` after every n prompts."""
+        """The answer to each different prompt, ``tick(n)`` after every n prompts."""
         # One limit per batch, and rows of like length together: less padding.
         order = sorted(set(prompts), key=lambda p: (p.max_new_tokens, len(p.text), p.text, p.image))
         answers: dict[Prompt, str] = {}
@@ -73,18 +78,25 @@ class Asker:
             limit = order[0].max_new_tokens
             chosen = [prompt for prompt in order[: self.batch] if prompt.max_new_tokens == limit]
             order = order[len(chosen) :]
-            tokens = generate(self.model, self.inputs(chosen), max_new_tokens=limit, stop=self.stop)
-            texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            texts = self.tokenizer.batch_decode(self.generate(chosen), skip_special_tokens=True)
             answers |= dict(zip(chosen, (text.strip() for text in texts), strict=True))
             tick(len(chosen))
         return answers
 
-    def _image(self, key: str) -> Tensor:
-        if key in self._pixels:
-            self._pixels.move_to_end(key)
-            return self._pixels[key]
-        pixels = self.encoder.transform(decode_image(self.read(key), key, self.encoder.limits))
-        self._pixels[key] = pixels
-        while len(self._pixels) * pixels.nbytes > IMAGE_CACHE_BYTES:
-            self._pixels.popitem(last=False)
-        return pixels
+    def generate(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """The tokens that answer each prompt of one batch, which have one limit."""
+        limit = prompts[0].max_new_tokens
+        return generate(
+            self.model, self.inputs(prompts), max_new_tokens=limit, stop=self.stop, decoder=self.decoder
+        )
+
+    def _image(self, key: str) -> Views:
+        if key in self._seen:
+            self._seen.move_to_end(key)
+            return self._seen[key]
+        views = self.encoder.transform.views(decode_image(self.read(key), key, self.encoder.limits))
+        self._seen[key] = views
+        self._bytes += views.pixels.nbytes
+        while self._bytes > IMAGE_CACHE_BYTES:
+            self._bytes -= self._seen.popitem(last=False)[1].pixels.nbytes
+        return views

@@ -11,7 +11,7 @@ from torch import Tensor
 from vlm.build import program_of
 from vlm.evaluation.answer import Asker, Prompt
 from vlm.models.program.attach import attach
-from vlm.models.program.decode import generate, open_streams
+from vlm.models.program.decode import open_streams
 from vlm.models.program.layout import Layout
 from vlm.models.program.program import Program, Tap, attn
 from vlm.models.program.signals import Received
@@ -20,27 +20,30 @@ from vlm.recipe import Recipe
 
 
 class Gaze:
-    """Attention of the answer's rows to each visual token, summed over layers and generated tokens."""
+    """Attention of the answer's rows to each visual token, summed over layers and generated tokens.
+
+    Of an image that comes in tiles only the tokens of its whole view are counted.
+    """
 
     def __init__(self, rows: int, grid: tuple[int, int]) -> None:
         self.heat = torch.zeros(rows, grid[0] * grid[1])
-        self.columns = grid[1]
+        self.grid = grid
 
     def __call__(self, value: Tensor, layout: Layout) -> None:
-        if len(value) != len(self.heat):  # a stream without images
-            return
-        visual = layout.visual
-        place = (layout.row * self.columns + layout.col).masked_fill(~visual, 0)
-        self.heat.scatter_add_(1, place.cpu(), (value * visual).float().cpu())
+        visual = layout.visual & (layout.row < self.grid[0])  # tiles stand below the whole image
+        place = (layout.row * self.grid[1] + layout.col).masked_fill(~visual, 0)
+        row = layout.sample.amax(1)  # of the batch; several beams may be of one row, each counts for its share
+        share = value * visual / row.bincount(minlength=len(self.heat))[row][:, None]
+        self.heat.index_put_((row[:, None].cpu(), place.cpu()), share.float().cpu(), accumulate=True)
 
     def taps(self, layers: int) -> Program:
         return tuple((attn(layer), Tap(Received(layer), self)) for layer in range(layers))
 
 
-def kept_places(layout: Layout, row: int, columns: int) -> list[int]:
-    """Raster indices of the visual tokens of one row of a layout."""
-    visual = layout.visual[row]
-    return (layout.row[row] * columns + layout.col[row])[visual].tolist()
+def kept_places(layout: Layout, row: int, grid: tuple[int, int]) -> list[int]:
+    """Raster indices of the visual tokens of one row of a layout, in the whole view where an image comes in tiles."""
+    visual = layout.visual[row] & (layout.row[row] < grid[0])
+    return (layout.row[row] * grid[1] + layout.col[row])[visual].tolist()
 
 
 @torch.inference_mode()
@@ -77,15 +80,15 @@ def _view(
     grid = model.visual_grid
     gaze = Gaze(len(prompts), grid)
     with attach(model, program + gaze.taps(model.facts.layers)):
-        tokens = generate(model, inputs, max_new_tokens=prompts[0].max_new_tokens, stop=asker.stop)
+        tokens = asker.generate(prompts)
         layout = open_streams(model, inputs)[1]["main"].run.last
     answers = [text.strip() for text in asker.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
-    cut = int(layout.visual.sum()) < len(prompts) * model.visual_tokens
+    cut = int(layout.visual.sum()) < int(model.visual_counts(inputs).sum())
     return [
         {
             "label": row.title,
             "grid": list(grid),
-            "kept": kept_places(layout, i, grid[1]) if cut else None,
+            "kept": kept_places(layout, i, grid) if cut else None,
             "heat": gaze.heat[i].tolist(),
             "answer": answer,
             "mentions": bench.benchmark.mentions(bench.questions[i].id, answer),

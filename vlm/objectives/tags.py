@@ -48,7 +48,7 @@ class TagsLoss(nn.Module):
     def forward(self, model: VisionLanguageModel, batch: Batch) -> Loss:
         if not len(batch.images):
             return self._without_images(model)
-        pooled = self._pooled(model, batch.images)
+        pooled = self._pooled(model, batch.whole_images)
         truth = torch.zeros_like(pooled)
         for image, row in enumerate(batch.image_owner.tolist()):
             truth[image, [self.place[tag] for tag in batch.tags[row]]] = 1.0

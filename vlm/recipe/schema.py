@@ -77,10 +77,23 @@ class Language(Section):
         return self
 
 
+class Image(Section):
+    """What an encoder sees of a picture: the whole, and with ``anyres`` up to ``max_tiles`` tiles of a large one."""
+
+    tiling: Literal["none", "anyres"] = "none"
+    max_tiles: AtLeastOne = 4
+
+    @property
+    def tiles(self) -> int:
+        """Tiles that a picture may be cut into, 0 without tiling."""
+        return self.max_tiles if self.tiling == "anyres" else 0
+
+
 class Model(Section):
     vision: Method
     connector: Method
     language: Language
+    image: Image = Image()
     template: Str = "plain"
     max_tokens: AtLeastOne | None = None
 
@@ -173,6 +186,7 @@ class Comparison(Section):
 class Evaluate(Section):
     benchmarks: Annotated[Mapping[Name, Method], Nulls] = {}
     compare: tuple[Comparison, ...] = ()
+    decode: Method | None = None
     batch: AtLeastOne = 64
     pictures: NotNegative = 6
 
@@ -260,6 +274,7 @@ class Recipe(Section):
         yield from (("objective", stage.objective) for stage in self.stages)
         yield from (("make", make) for make in [self.data.make] if make)
         yield from (("benchmark", method) for method in self.evaluate.benchmarks.values())
+        yield from (("decode", decode) for decode in [self.evaluate.decode] if decode)
         for row in [self, *self.evaluate.compare]:
             yield from (("prune", prune) for prune in [row.prune] if prune)
             yield from (("kv", kv) for kv in [row.kv] if kv)

@@ -3,7 +3,8 @@
     - sft: {...}                      {name: sft, ...}                       an entry of stages
     prune: fastv                      {use: fastv}                           wherever a method stands
     {kind: mlp, ...}                  {use: mlp, ...}
-    {timm: NAME, ...}, {hf: NAME}     {use: timm, name: NAME, ...}           under model
+    {timm: NAME, ...}, {hf: NAME}     {use: timm, name: NAME, ...}           under model, and in model.vision.parts
+                                      (a vision encoder of hf is {use: huggingface, ...})
     language: {config: {...}}         {use: config, config: {...}}
     benchmarks: {chair: {...}}        {chair: {use: chair, ...}}
 
@@ -23,6 +24,7 @@ _METHODS = (
     "mitigate",
     "data.make",
     "stages.*.objective",
+    "evaluate.decode",
     "evaluate.compare.*.prune",
     "evaluate.compare.*.kv",
     "evaluate.compare.*.mitigate",
@@ -38,6 +40,7 @@ def normalise(tree: Tree) -> Tree:
     """A copy of a whole recipe's tree with every shorthand written out."""
     tree = _change(tree, ["stages", "*"], _stage)
     tree = _change(tree, ["model", "*"], _part)
+    tree = _change(tree, ["model", "vision", "parts", "*"], lambda value, _: _part(value, "vision"))
     tree = _change(tree, ["evaluate", "benchmarks", "*"], _benchmark)
     for place in _METHODS:
         tree = _change(tree, place.split("."), _method)
@@ -102,7 +105,8 @@ def _part(value: Tree, key: str) -> Tree:
         place = _place(names[library])
         if "name" in value and "use" not in value:
             raise RecipeError(f"{place}: model.{key}.{library} is a name already; it has another, '{value['name']}'")
-        head: dict[str, Any] = {Text("use", place): Text(library, place), Text("name", place): value[library]}
+        use = "huggingface" if (key, library) == ("vision", "hf") else library
+        head: dict[str, Any] = {Text("use", place): Text(use, place), Text("name", place): value[library]}
         return head | {name: option for name, option in value.items() if name not in ("use", "name", library)}
     if key == "language" and "config" in value and not {"use", "kind"} & names.keys():
         place = _place(names["config"])

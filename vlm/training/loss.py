@@ -33,4 +33,5 @@ class Objective(Protocol):
 def inputs_of(batch: Batch) -> Inputs:
     """The part of a batch that the model sees."""
     place = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-    return Inputs(batch.tokens, place < batch.length[:, None], batch.images, batch.image_owner, batch.keys)
+    valid = place < batch.length[:, None]
+    return Inputs(batch.tokens, valid, batch.images, batch.image_owner, batch.keys, batch.tiles)

@@ -158,7 +158,7 @@ class TrainingModule(LightningModule):
         pruner, schedule = self.pruner, self.keep_schedule
         if pruner is not None and schedule is not None and step < schedule.over * self.steps:
             keep: Budget = pruner.keep
-            final = keep.tokens / self.model.visual_tokens if keep.tokens else keep.ratio or 1.0
+            final = keep.tokens / self.model.most_visual_tokens if keep.tokens else keep.ratio or 1.0
             done = step / (schedule.over * self.steps)
             pruner = replace(pruner, keep=Budget(ratio=schedule.start + (final - schedule.start) * done))
         return tuple(method for method in (pruner, *self.mitigators) if method is not None)
