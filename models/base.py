@@ -1,6 +1,7 @@
 """What every vision-language model here has in common: its passes, however images became tokens."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -8,11 +9,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from vlm.models.errors import ModelError
 from vlm.models.program.attach import Engine
 from vlm.models.program.layout import Layout, Side, compact
+from vlm.models.program.perturb import pixel_seed as pixel_seed
 from vlm.models.program.run import Run
 from vlm.models.program.shape import DecoderShape
 from vlm.models.program.signals import Facts, Vision
+from vlm.models.roles import ROLES, Role, split
 
 
 class Output(NamedTuple):
@@ -33,6 +37,29 @@ class Stream(NamedTuple):
     cache: DynamicCache
     run: Run
 
+    def take_rows(self, index: Int[Tensor, " rows"]) -> "Stream":
+        """The stream of a batch whose row i is row ``index[i]`` of this one, which stays as it is."""
+        cache = copy(self.cache)
+        cache.layers = [copy(layer) for layer in cache.layers]
+        cache.reorder_cache(index)
+        return Stream(cache, self.run.take_rows(index))
+
+    def truncate(self, count: int) -> None:
+        """Take back the last ``count`` generated tokens: caches, layouts, masks.
+
+        Raises ModelError where a cache cannot be shortened (a full sliding window, a recurrent state, a cache policy
+        that acts at generated tokens).
+        """
+        if count == 0:
+            return
+        self.run.truncate(count)
+        for layer in self.cache.layers:
+            try:
+                layer.crop(-count)  # type: ignore[attr-defined]
+            except (AttributeError, RuntimeError) as error:
+                reason = " ".join(str(error).split())
+                raise ModelError(f"decode: {type(layer).__name__} cannot be taken back: {reason}") from None
+
 
 class BaseVlm(nn.Module):
     """Images and text in, next-token logits out. Programs are attached with
@@ -47,11 +74,22 @@ class BaseVlm(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.engine = None
+        self.tokenize: Callable[[str], Sequence[int]] | None = None  # for methods that bring words of their own
 
     @property
     def decoder(self) -> Any:
         """The language model without its head."""
         raise NotImplementedError
+
+    @property
+    def places(self) -> Mapping[str, Sequence[str]]:
+        """Where the modules and lone parameters of each role lie: ``vision``, ``connector``, ``language``."""
+        return {role: (role,) for role in ROLES}
+
+    @property
+    def parts(self) -> Mapping[str, Role]:
+        """What plays each role, for whoever trains, freezes or adapts it."""
+        return split(self, self.places)
 
     @property
     def refuses(self) -> Mapping[str, str]:
@@ -88,15 +126,24 @@ class BaseVlm(nn.Module):
 
     def forward(self, inputs: Any, weights: Float[Tensor, "batch length"] | None = None) -> Output:
         """One pass; ``weights[b, t]`` is the loss weight of predicting ``tokens[b, t]``, none by default."""
+        asks = None if weights is None else _asks(weights)
+        if self.engine is not None:
+            self.engine.begin(self, inputs, weights, asks)
         embeds, run = self._enter(inputs, side=None)
-        run.asks = None if weights is None else _asks(weights)
+        run.asks = asks
         hidden = self._decode(embeds, run, None)
         loss, weight = self._loss(hidden, run.last, inputs.tokens, weights)
         return Output(loss, weight, hidden, run.last)
 
-    def prefill(self, inputs: Any) -> tuple[Float[Tensor, "batch vocab"], Stream]:
-        """Run prompts; returns the logits of the next token and the stream that :meth:`step` continues."""
+    def prefill(self, inputs: Any, stream: str = "main") -> tuple[Float[Tensor, "batch vocab"], Stream]:
+        """Run prompts; returns the logits of the next token and the stream that :meth:`step` continues.
+
+        ``stream`` names the context that the prompts are.
+        """
+        if self.engine is not None:
+            self.engine.begin(self, inputs, None, None)
         embeds, run = self._enter(inputs, side="left")  # left padding: every row ends at the last place
+        run.stream = stream
         cache = DynamicCache(config=self.decoder.config)
         hidden = self._decode(embeds, run, cache)
         if self.engine is not None:
@@ -114,6 +161,11 @@ class BaseVlm(nn.Module):
 
     def logits(self, hidden: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows vocab"]:
         """The language model's head."""
+        raise NotImplementedError
+
+    def map_pixels(self, inputs: Any, change: Callable[[Tensor, int], Tensor]) -> Any:
+        """``inputs`` with every picture changed: ``change(pixels, number)``, normalised pixels as the encoder takes
+        them. Raises ModelError for a model whose pixels are no pictures."""
         raise NotImplementedError
 
     def _enter(self, inputs: Any, side: Side | None) -> tuple[Tensor, Run]:
@@ -168,10 +220,3 @@ def _asks(weights: Float[Tensor, "batch length"]) -> Int[Tensor, "batch asks"]:
     before = torch.nn.functional.pad(supervised[:, 1:] & ~supervised[:, :-1], (0, 1))
     index, real = compact(before, "right")
     return index.masked_fill(~real, -1)
-
-
-def pixel_seed(images: Float[Tensor, "images *pixels"]) -> Int[Tensor, " images"]:
-    """An integer of each image's pixels: exact, so the same image gives it in any batch."""
-    bits = images.detach().float().contiguous().view(torch.int32).flatten(1).long()
-    place = torch.arange(1, bits.shape[1] + 1, device=bits.device) % 8191
-    return (bits * place).sum(1) % 2**40

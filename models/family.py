@@ -1,7 +1,7 @@
 """What one family of Hugging Face models does differently: how images become tokens, where they stand, which
 positions and which visibility they have. The families are the files of ``models/families``."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vlm.models.errors import ModelError
 from vlm.models.program.layout import Layout
+from vlm.models.tower import PLAIN, Tower, Views, has_class_token
 
 
 class Picture(NamedTuple):
@@ -21,7 +22,7 @@ class Picture(NamedTuple):
     row, col: the token's place. Where a family shows an image several times (thumbnail and tiles) the grids stand one
     below the other; a token that ends a row of the grid (a newline) is one column after the row's last.
     pixels: what the encoder saw of it, in any shape. deep: further features that are added inside the decoder, one
-    tensor for each of its first layers.
+    tensor for each of its first layers. kept: which tokens a cut before the connector left; None: all.
     """
 
     features: Float[Tensor, "tokens width"]
@@ -29,16 +30,23 @@ class Picture(NamedTuple):
     col: Int[Tensor, " tokens"]
     pixels: Float[Tensor, "..."]
     deep: Sequence[Float[Tensor, "tokens width"]] = ()
+    kept: Bool[Tensor, " tokens"] | None = None
 
 
 class Family:
     """The adapter of a family: a subclass in a file of ``models/families``, the only public one there.
 
-    model_types: the ``model_type`` of the configs it serves. refuses: what programs may not do to it, and why. deep:
-    after how many decoder layers visual features are added.
+    model_types: the ``model_type`` of the configs it serves. places: where each role's modules and lone parameters lie
+    in the model. refuses: what programs may not do to it, and why. deep: after how many decoder layers visual features
+    are added.
     """
 
     model_types: ClassVar[tuple[str, ...]]
+    places: ClassVar[Mapping[str, Sequence[str]]] = {
+        "vision": ("model.vision_tower",),
+        "connector": ("model.multi_modal_projector",),
+        "language": ("model.language_model", "lm_head"),
+    }
     refuses: ClassVar[Mapping[str, str]] = {}
     first_position: ClassVar[int] = 0
 
@@ -52,9 +60,42 @@ class Family:
         """The token that stands where a visual token goes."""
         return self.config.image_token_id
 
+    @property
+    def visual_tokens(self) -> int | None:
+        """Visual tokens of every image; None where that depends on the image."""
+        return None
+
+    @property
+    def tower(self) -> Tower | None:
+        """The vision encoder for programs, in families whose projector works token by token; else None."""
+        return None
+
+    def views(self, media: Mapping[str, Tensor]) -> Views | None:
+        """What the pictures that go through :attr:`tower` are; None where each is an image of its own."""
+        return None
+
+    def kept(
+        self, marks: Bool[Tensor, "views patches"], media: Mapping[str, Tensor]
+    ) -> Sequence[Bool[Tensor, " tokens"]]:
+        """Which tokens of each image stay when ``marks`` are the patches that stay."""
+        return list(marks)
+
     def pictures(self, media: Mapping[str, Tensor]) -> list[Picture]:
         """The images of a batch in reading order; ``media`` are the processor's tensors about images."""
         raise NotImplementedError
+
+    def map_pixels(self, media: Mapping[str, Tensor], change: Callable[[Tensor, int], Tensor]) -> dict[str, Tensor]:
+        """``media`` with every picture (where a family shows tiles, every tile) changed: ``change(pixels, number)``."""
+        pixels = media["pixel_values"]
+        if pixels.ndim not in (4, 5):
+            shape = tuple(pixels.shape)
+            raise ModelError(f"{self.config.model_type}: expected pixels [..., 3, H, W] to change; found {shape}")
+        pictures, number = [], 0
+        for picture in pixels.flatten(0, pixels.ndim - 4):
+            real = bool(picture.any())  # rows of tiles are filled up with tiles of zeros
+            pictures.append(change(picture, number) if real else picture)
+            number += real
+        return {**media, "pixel_values": torch.stack(pictures).reshape(pixels.shape)}
 
     def blank(self) -> dict[str, Tensor]:
         """The media of one blank image, as small as the family takes it."""
@@ -103,6 +144,17 @@ def raster(
     """An image whose tokens are a grid of ``columns`` columns, row by row."""
     place = torch.arange(len(features), device=features.device)
     return Picture(features, place // columns, place % columns, pixels, deep)
+
+
+def plain_tower(model: Any) -> Tower | None:
+    """The tower of a LLaVA-like model; None where its encoder is built otherwise, or where what goes into the
+    projector is not the encoder's patches (a class token is handed over, or a patch taken for one)."""
+    config, vision = model.config, model.config.vision_config
+    dropped = int(config.vision_feature_select_strategy == "default")
+    if vision.model_type not in PLAIN or dropped != has_class_token(vision):
+        return None
+    inner = model.model
+    return Tower(inner.vision_tower, inner.multi_modal_projector, vision, config.vision_feature_layer)
 
 
 def find_family(model_type: str) -> type[Family]:

@@ -1,7 +1,7 @@
 """Vision-language models of Hugging Face, run through our layout and programs: no modeling code of our own."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -14,11 +14,14 @@ from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 from vlm.models.base import BaseVlm, pixel_seed
 from vlm.models.errors import ModelError
 from vlm.models.family import Picture, find_family
+from vlm.models.processing import PER_TOKEN
 from vlm.models.program.attach import RUN
 from vlm.models.program.layout import IMAGE, PAD, TEXT, Layout, Side, compact
+from vlm.models.program.perturb import insertion
 from vlm.models.program.run import Run
-
-_PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")
+from vlm.models.program.signals import Vision
+from vlm.models.roles import ROLES
+from vlm.models.tower import Tower
 
 
 class PretrainedInputs(NamedTuple):
@@ -46,6 +49,17 @@ class PretrainedInputs(NamedTuple):
         """The same prompts with their images removed; text that a template put around an image stays."""
         return self.take(self.valid & ~self.visual, "left")._replace(media={})
 
+    def insert(self, ids: Sequence[int], start: bool = False) -> "PretrainedInputs":
+        """The same prompts with the tokens ``ids`` put in after their last image (with ``start``, and in a row without
+        an image, after its first token)."""
+        put = insertion(self.visual, self.valid, len(ids), start)
+        return self._replace(
+            tokens=put(self.tokens, self.tokens.new_tensor(ids)),
+            valid=put(self.valid, 1),
+            visual=put(self.visual, 0),
+            types=None if self.types is None else put(self.types, 0),
+        )
+
 
 class PretrainedVlm(BaseVlm):
     """A Hugging Face model under the surface of :class:`~vlm.models.base.BaseVlm`.
@@ -70,12 +84,30 @@ class PretrainedVlm(BaseVlm):
         return self.model.get_decoder()
 
     @property
+    def places(self) -> Mapping[str, Sequence[str]]:
+        return {role: [f"model.{place}" for place in places] for role, places in self.family.places.items()}
+
+    @property
+    def vision(self) -> Tower | None:
+        """The vision encoder where programs can see it."""
+        return self.family.tower
+
+    @property
+    def visual_tokens(self) -> int | None:
+        return self.family.visual_tokens
+
+    @property
+    def vision_facts(self) -> Vision | None:
+        tower = self.family.tower
+        if tower is None:
+            return None
+        return Vision(tower.depth, len(tower.blocks), tower.output, tower.class_token, tower.cuts)
+
+    @property
     def refuses(self) -> Mapping[str, str]:
         kind = self.model.config.model_type
-        return {
-            "vit.out": f"{kind} encodes and projects images in one step of Transformers; prune at llm.in instead",
-            **self.family.refuses,
-        }
+        step = f"{kind} encodes and projects images in one step of Transformers; prune at llm.in instead"
+        return {**({} if self.family.tower else {"vit.out": step}), **self.family.refuses}
 
     def inputs(self, batch: Mapping[str, Any], keys: Sequence[str] = ()) -> PretrainedInputs:
         """The batch that a Hugging Face processor returned (``return_tensors="pt"``), as this model takes it.
@@ -86,18 +118,35 @@ class PretrainedVlm(BaseVlm):
             raise ModelError(f"{self.model.config.model_type}: images only here; found {video[0]}, a video")
         tokens = batch["input_ids"]
         valid = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(tokens).bool()
-        media = {name: value for name, value in batch.items() if name not in _PER_TOKEN and isinstance(value, Tensor)}
+        media = {name: value for name, value in batch.items() if name not in PER_TOKEN and isinstance(value, Tensor)}
         visual = (tokens == self.family.image_token) & valid
         return PretrainedInputs(tokens, valid, visual, media, batch.get("token_type_ids"), keys)
 
     def visual_counts(self, inputs: PretrainedInputs) -> Int[Tensor, " batch"]:
         return inputs.visual.sum(1)
 
+    def map_pixels(self, inputs: PretrainedInputs, change: Callable[[Tensor, int], Tensor]) -> PretrainedInputs:
+        if "pixel_values" not in inputs.media:
+            return inputs
+        return inputs._replace(media=self.family.map_pixels(inputs.media, change))
+
     def encode(self, inputs: PretrainedInputs) -> Sequence[Picture]:
         """The images of a batch as visual tokens. Raises ModelError when they do not fill their places exactly."""
-        pictures = self.family.pictures(inputs.media) if "pixel_values" in inputs.media else []
+        pictures = self._pictures(inputs.media) if "pixel_values" in inputs.media else []
         _check_places(inputs, [len(picture.features) for picture in pictures])
         return self.family.join(pictures, inputs.visual)
+
+    def _pictures(self, media: Mapping[str, Tensor]) -> list[Picture]:
+        """The images, cut in the encoder and after it where the program says so."""
+        engine, tower = None if self.engine is None else self.engine.vision, self.family.tower
+        if engine is None or tower is None or not engine.acts:
+            return self.family.pictures(media)
+        with tower.cutting(engine, self.family.views(media)) as marks:
+            pictures = self.family.pictures(media)
+        if not marks:
+            return pictures
+        kept = self.family.kept(marks[0], media)
+        return [picture._replace(kept=left) for picture, left in zip(pictures, kept, strict=True)]
 
     def logits(self, hidden: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows vocab"]:
         return self.family.logits(hidden)
@@ -111,10 +160,18 @@ class PretrainedVlm(BaseVlm):
         if pictures:
             features = torch.cat([picture.features for picture in pictures]).to(embeds)
             embeds = embeds.masked_scatter(inputs.visual[..., None], features)
-        elif self.training:
+        elif self.training and any(p.requires_grad for role in ROLES[:2] for p in self.parts[role].parameters()):
             embeds = embeds + self._blank(embeds)
         seed = torch.cat([pixel_seed(picture.pixels[None]) for picture in pictures] or [inputs.tokens.new_empty(0)])
-        run = Run(self._layout(inputs, pictures), side or ("left" if padded_left else "right"), seed)
+        layout, side = self._layout(inputs, pictures), side or ("left" if padded_left else "right")
+        total = layout.visual.sum(1)
+        if pictures and pictures[0].kept is not None:
+            embeds, layout = self._drop(embeds, layout, pictures, side)
+        run = Run(layout, side, seed)
+        run.total = total
+        grids = [(int(picture.row.max()) + 1, int(picture.col.max()) + 1) for picture in pictures]
+        whole = all(rows * cols == len(p.row) for (rows, cols), p in zip(grids, pictures, strict=True))
+        run.grids = grids if whole else []
         deep = zip(*(picture.deep for picture in pictures), strict=True)
         run.deep = [_spread(torch.cat(level), inputs.visual) for level in deep]
         return (embeds if self.engine is None else self.engine.enter_language(embeds, run)), run
@@ -141,6 +198,17 @@ class PretrainedVlm(BaseVlm):
             axes=axes,
             block=self.family.block(visual, inputs.types),
         )
+
+    def _drop(self, embeds: Tensor, layout: Layout, pictures: Sequence[Picture], side: Side) -> tuple[Tensor, Layout]:
+        """The sequence without the visual tokens that a cut before the connector dropped."""
+        left = torch.cat([picture.kept for picture in pictures if picture.kept is not None])
+        kept = torch.zeros_like(layout.visual).masked_scatter(layout.visual, left)
+        index, real = compact(layout.valid & (kept | ~layout.visual), side)
+        taken = layout.take(index, real)
+        assert self.engine is not None and self.engine.vision is not None  # it made the cut
+        if self.engine.vision.position == "reindex":
+            taken = taken.reindexed()
+        return embeds.gather(1, index[..., None].expand(-1, -1, embeds.shape[2])), taken
 
     def _blank(self, embeds: Tensor) -> Tensor:
         """Zero, through the vision path: its parameters get a gradient while another rank waits to reduce theirs."""

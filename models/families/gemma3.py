@@ -19,6 +19,10 @@ class Gemma3(Family):
 
     model_types: ClassVar[tuple[str, ...]] = ("gemma3",)
 
+    @property
+    def visual_tokens(self) -> int:
+        return self.config.mm_tokens_per_image
+
     def pictures(self, media: Mapping[str, Tensor]) -> list[Picture]:
         pixels = media["pixel_values"]  # [N,3,H,W]
         found = self.model.model.get_image_features(pixels, return_dict=True).pooler_output

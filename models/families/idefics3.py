@@ -1,6 +1,6 @@
 """Idefics3 and SmolVLM: tiles of one size with text tokens between them, the whole image last."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -16,6 +16,11 @@ class Idefics3(Family):
     """
 
     model_types: ClassVar[tuple[str, ...]] = ("idefics3", "smolvlm")
+    places: ClassVar[Mapping[str, Sequence[str]]] = {
+        "vision": ("model.vision_model",),
+        "connector": ("model.connector",),
+        "language": ("model.text_model", "lm_head"),
+    }
 
     def pictures(self, media: Mapping[str, Tensor]) -> list[Picture]:
         pixels = media["pixel_values"]  # [B,tiles,3,H,W], rows filled with tiles of zeros

@@ -5,13 +5,26 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vlm.models.family import Family, Picture, raster
+from vlm.models.family import Family, Picture, plain_tower, raster
+from vlm.models.tower import PLAIN, Tower, has_class_token
 
 
 class Llava(Family):
     """Visual Instruction Tuning and Improved Baselines with Visual Instruction Tuning: CLIP patches through an MLP."""
 
     model_types: ClassVar[tuple[str, ...]] = ("llava",)
+
+    @property
+    def visual_tokens(self) -> int | None:
+        vision = self.config.vision_config
+        if vision.model_type not in PLAIN:
+            return None
+        dropped = int(self.config.vision_feature_select_strategy == "default")
+        return (vision.image_size // vision.patch_size) ** 2 + has_class_token(vision) - dropped
+
+    @property
+    def tower(self) -> Tower | None:
+        return plain_tower(self.model)
 
     def pictures(self, media: Mapping[str, Tensor]) -> list[Picture]:
         pixels = media["pixel_values"]  # [N,3,H,W]

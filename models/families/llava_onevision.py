@@ -3,6 +3,7 @@
 from typing import ClassVar
 
 from vlm.models.families.llava_next import LlavaNext
+from vlm.models.tower import Tower
 
 
 class LlavaOnevision(LlavaNext):
@@ -10,3 +11,8 @@ class LlavaOnevision(LlavaNext):
 
     model_types: ClassVar[tuple[str, ...]] = ("llava_onevision",)
     also: ClassVar[tuple[str, ...]] = ("batch_num_images",)
+
+    @property
+    def tower(self) -> Tower | None:
+        """None: a large grid of projected features is resized, which mixes its tokens."""
+        return None

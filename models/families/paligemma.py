@@ -21,6 +21,11 @@ class PaliGemma(Family):
     }
     first_position: ClassVar[int] = 1
 
+    @property
+    def visual_tokens(self) -> int:
+        vision = self.config.vision_config
+        return (vision.image_size // vision.patch_size) ** 2
+
     def pictures(self, media: Mapping[str, Tensor]) -> list[Picture]:
         pixels = media["pixel_values"]  # [N,3,H,W]
         found = self.model.model.get_image_features(pixels, return_dict=True).pooler_output

@@ -1,6 +1,6 @@
 """Qwen2-VL and Qwen2.5-VL: images of any size as one grid each, positions on three axes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +14,11 @@ class Qwen2Vl(Family):
     """Qwen2-VL and Qwen2.5-VL: native resolution, merged patches, multimodal rotary positions (M-RoPE)."""
 
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl", "qwen2_5_vl")
+    places: ClassVar[Mapping[str, Sequence[str]]] = {
+        "vision": ("model.visual",),
+        "connector": ("model.visual.merger",),
+        "language": ("model.language_model", "lm_head"),
+    }
     refuses: ClassVar[Mapping[str, str]] = {
         "reindex": "position ids on three axes cannot be counted anew; set position: keep (found reindex)"
     }
@@ -30,6 +35,16 @@ class Qwen2Vl(Family):
     def _deep(self, found: Any, counts: Sequence[int]) -> list[Sequence[Tensor]]:
         """Features of each image for the first decoder layers: level by level."""
         return []
+
+    def map_pixels(self, media: Mapping[str, Tensor], change: Callable[[Tensor, int], Tensor]) -> dict[str, Tensor]:
+        """A picture is a row for each patch, in which it stands once for each of the patch's frames."""
+        frames, pixels = self.config.vision_config.temporal_patch_size, media["pixel_values"]
+        pictures = []
+        for number, rows in enumerate(pixels.split(media["image_grid_thw"].prod(1).tolist())):
+            patches = rows.unflatten(1, (-1, frames, self.config.vision_config.patch_size**2))  # [P,C,T,p*p]
+            once = change(patches[:, :, 0].flatten(1), number).unflatten(1, (patches.shape[1], -1))  # [P,C,p*p]
+            pictures.append(once[:, :, None].expand_as(patches).flatten(1))
+        return {**media, "pixel_values": torch.cat(pictures)}
 
     def blank(self) -> dict[str, Tensor]:
         vision = self.config.vision_config

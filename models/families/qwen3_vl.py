@@ -1,6 +1,6 @@
 """Qwen3-VL: as Qwen2.5-VL, and features of earlier encoder layers are added in the first decoder layers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +13,10 @@ class Qwen3Vl(Qwen2Vl):
     """Qwen3-VL with DeepStack (Meng et al., 2024)."""
 
     model_types: ClassVar[tuple[str, ...]] = ("qwen3_vl",)
+    places: ClassVar[Mapping[str, Sequence[str]]] = {
+        **Qwen2Vl.places,
+        "connector": ("model.visual.merger", "model.visual.deepstack_merger_list"),
+    }
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)

@@ -16,6 +16,7 @@ from vlm.models.program.select import even_stride
 
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 IMAGE = 9
+HALF = Budget.parse("50%")
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +76,11 @@ def test_an_image_that_runs_into_the_next_sample_is_refused(model):
         model(model.inputs({"input_ids": tokens, "pixel_values": torch.zeros(1, 3, 16, 16)}))
 
 
-def test_a_cut_inside_the_encoder_is_refused(model):
-    program = ((VIT_OUT, Select(Budget.parse("50%"), even_stride())),)
+def test_a_cut_in_the_encoder_is_refused_where_what_is_projected_are_not_its_patches(llava):
+    """CLIP's class token among the visual tokens, as a LLaVA of ``full`` has it."""
+    config = LlavaConfig.from_dict({**llava.config.to_dict(), "vision_feature_select_strategy": "full"})
+    model, program = PretrainedVlm(LlavaForConditionalGeneration(config)), ((VIT_OUT, Select(HALF, even_stride())),)
+    assert model.facts.visual == 5
     with (
         pytest.raises(ModelError, match=r"vit.out: llava encodes and projects .* prune at llm.in"),
         attach(model, program),

@@ -299,7 +299,24 @@ def a_blank_image_trains_the_vision_path(case: Case) -> None:
         case.ours.eval()
 
 
+def every_weight_has_one_role(case: Case) -> None:
+    parts = case.ours.parts
+    owners = {name: [role for role, part in parts.items() if part.owns(name)] for name in case.ours.state_dict()}
+    assert {name: roles for name, roles in owners.items() if len(roles) != 1} == {}
+    assert {role for [role] in owners.values()} == {"vision", "connector", "language"}
+    decoder = {id(p) for p in case.ours.decoder.parameters()}
+    assert decoder <= {id(p) for p in parts["language"].parameters()}
+
+
+def visual_tokens_are_known_where_they_are_fixed(case: Case) -> None:
+    counts = {int(case.ours.visual_counts(case.ours.inputs(case.batch([row])))) for row in ("a#", "b#", "c#")}
+    assert case.ours.visual_tokens in (None, *counts)
+    assert len(counts) == 1 or case.ours.visual_tokens is None
+
+
 CHECKS = [
+    every_weight_has_one_role,
+    visual_tokens_are_known_where_they_are_fixed,
     logits_are_equal,
     generations_are_equal,
     text_alone_works,

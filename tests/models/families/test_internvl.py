@@ -3,6 +3,12 @@
 import pytest
 from transformers import GotOcr2ImageProcessor, InternVLConfig, InternVLProcessor, InternVLVideoProcessor, Qwen2Config
 
+from vlm.models.errors import ModelError
+from vlm.models.program.attach import attach
+from vlm.models.program.budget import Budget
+from vlm.models.program.program import VIT_OUT, Select
+from vlm.models.program.select import even_stride
+
 
 @pytest.fixture(scope="module")
 def case(tiny, make_case):
@@ -35,3 +41,11 @@ def test_tiles_of_an_image_are_one_image(case):
     assert [row[row >= 0].unique().tolist() for row in layout.image] == [[0], [1, 2]]
     tokens = (layout.image == 0).sum()
     assert tokens > 4 and int(layout.row[layout.image == 0].max()) == tokens // 2 - 1  # 2 x 2 tokens a tile
+
+
+def test_cuts_in_the_encoder_are_refused(case):
+    with (
+        pytest.raises(ModelError, match=r"vit.out: \w+ encodes and projects images in one step .* prune at llm.in"),
+        attach(case.ours, ((VIT_OUT, Select(Budget.parse("50%"), even_stride())),)),
+    ):
+        pass

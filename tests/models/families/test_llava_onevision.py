@@ -9,6 +9,12 @@ from transformers import (
     Qwen2Config,
 )
 
+from vlm.models.errors import ModelError
+from vlm.models.program.attach import attach
+from vlm.models.program.budget import Budget
+from vlm.models.program.program import VIT_OUT, Select
+from vlm.models.program.select import even_stride
+
 GRIDS = [[32, 32], [32, 64], [64, 32], [64, 64], [96, 96]]
 
 
@@ -40,3 +46,11 @@ def test_llava_onevision(check, case):
 def test_only_a_single_image_is_tiled(case):
     one, two = (case.ours.visual_counts(case.ours.inputs(case.batch([row]))) for row in ("a#", "a##"))
     assert int(two) == 2 * 17 and int(one) > 17  # an untiled image is its 16 tokens and a newline
+
+
+def test_cuts_in_the_encoder_are_refused(case):
+    with (
+        pytest.raises(ModelError, match=r"vit.out: \w+ encodes and projects images in one step .* prune at llm.in"),
+        attach(case.ours, ((VIT_OUT, Select(Budget.parse("50%"), even_stride())),)),
+    ):
+        pass
