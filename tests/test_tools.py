@@ -9,11 +9,11 @@ ROOT = Path(__file__).parent.parent
 
 def test_the_prefill_benchmark_writes_a_row_for_every_pruner_and_budget(tmp_path):
     out = tmp_path / "bench_prefill.md"
-    small = ["--width", "32", "--layers", "3", "--repeats", "1", "--device", "cpu", "--threads", "1"]
+    small = ["--width", "32", "--layers", "4", "--repeats", "1", "--device", "cpu", "--threads", "1"]
     subprocess.run([sys.executable, "tools/bench_prefill.py", *small, "--out", out], cwd=ROOT, check=True)
     rows = [line.split(" | ")[0].strip("| ") for line in out.read_text().splitlines() if line.startswith("| ")]
     pruners = sorted(path.stem for path in (ROOT / "models/pruners").glob("*.py"))
-    assert sorted(rows[1:]) == sorted(["none", *pruners, *pruners])
+    assert sorted(rows[1:]) == sorted(["none", *pruners, *pruners, *pruners])
 
 
 def test_the_kernel_benchmark_compares_every_peer_and_writes_a_table(tmp_path):
