@@ -1,15 +1,16 @@
 """M3ID: Multi-Modal Hallucination Control by Visual Information Grounding (CVPR 2024)."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vlm.models.program.program import LOGITS, Program, Rewrite
+from vlm.models.program.contexts import NoImage
+from vlm.models.program.contrast import contrast, plausible, wide
+from vlm.models.program.program import LOGITS, Now, Program, Rewrite
 from vlm.models.program.signals import Facts
 
 
@@ -23,25 +24,29 @@ class M3id:
     longer the answer, the stronger the correction, because the image fades from the context.
 
     tau: confidence above which a token is left alone. decay: lambda of the paper (0 changes nothing).
-    t0: offset of t. max_weight: ceiling of (1 - g) / g, our guard against overflow; not in the paper.
+    t0: offset of t; ``prompt`` is the number of text tokens after the last image, as ports of the method count.
+    cut: tokens less likely than this share of the likeliest are ruled out; ports do that, the paper does not.
+    max_weight: ceiling of (1 - g) / g, our guard against overflow; not in the paper.
     """
 
     source: ClassVar[str] = "M3ID (CVPR 2024), algorithm 1"
-    verified: ClassVar[str] = "paper"
+    verified: ClassVar[str] = "paper; t0: prompt and cut: third-hand; max_weight: ours"
 
     decay: float = 0.02
     tau: float = 0.3
-    t0: int = 0
+    t0: int | Literal["prompt"] = 0
+    cut: float = 0.0
     max_weight: float = 50.0
 
     def program(self, facts: Facts) -> Program:
         neutral = self.decay == 0 or self.tau == 0
-        return () if neutral else ((LOGITS, Rewrite(("no_image",), self.logits)),)
+        return () if neutral else ((LOGITS, Rewrite(self.logits, (NoImage(),))),)
 
-    def logits(self, by_stream: Mapping[str, Float[Tensor, "batch vocab"]], step: int) -> Float[Tensor, "batch vocab"]:
-        with_image = by_stream["main"].float().log_softmax(-1)
-        without = by_stream["no_image"].float().log_softmax(-1)
-        age = min(self.decay * (step + self.t0), math.log1p(self.max_weight))  # capped before exp can overflow
-        weight = math.expm1(age)  # (1 - g) / g
+    def logits(self, now: Now) -> Float[Tensor, "rows vocab"]:
+        with_image, without = wide(now.main).log_softmax(-1), wide(now.other(NoImage())).log_softmax(-1)
+        offset: int | Tensor = now.words_after_image[:, None] if self.t0 == "prompt" else int(self.t0)
+        age = torch.as_tensor(self.decay * (now.step + offset), dtype=with_image.dtype, device=with_image.device)
+        weight = age.clamp(max=math.log1p(self.max_weight)).expm1()  # (1 - g) / g, capped before exp can overflow
         unsure = with_image.exp().amax(-1, keepdim=True) < self.tau
-        return with_image + torch.where(unsure, weight, 0.0) * (with_image - without)
+        corrected = contrast(with_image, without, torch.where(unsure, weight, 0.0))
+        return corrected.masked_fill(~plausible(with_image, self.cut), -torch.inf)

@@ -1,81 +1,97 @@
 """Decoding: the one loop that generates, with as many streams as the program's logits ops ask for."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
-from vlm.models.base import BaseVlm, Stream
+from vlm.models.base import BaseVlm
 from vlm.models.errors import ModelError
+from vlm.models.program.control import Decode
+from vlm.models.program.program import Control, Program, Rewrite
+from vlm.models.program.run import Run
+from vlm.models.program.search import Pick, Prompts, Search
+from vlm.models.program.streams import Streams, open_streams
+
+__all__ = ["Decoder", "check_decoder", "generate", "open_streams"]
+
+MIX = -0x61C8864680B583EB  # an odd number, so that products of it with 1, 2, 3 ... differ in all their bits
 
 
-class Sampling(NamedTuple):
-    """Sample from softmax(logits / temperature); without one, decoding is greedy."""
+class Decoder(Protocol):
+    """A way to choose tokens: a frozen dataclass in a file of ``models/decoders``; its fields are its recipe options.
 
-    temperature: float = 1.0
-    seed: int = 0
-
-
-STREAMS: dict[str, Callable[[Any], Any]] = {
-    "main": lambda inputs: inputs,
-    "no_image": lambda inputs: inputs.without_images(),
-}
-
-
-def open_streams(model: BaseVlm, inputs: Any) -> tuple[dict[str, Float[Tensor, "batch vocab"]], dict[str, Stream]]:
-    """Run the prompts through every stream that the attached program asks for.
-
-    Returns next-token logits and stream by name; ``"main"`` is always there.
+    beams: whether several hypotheses of a prompt compete.
     """
-    rewrites = model.engine.rewrites if model.engine is not None else []
-    names = ["main", *dict.fromkeys(name for op in rewrites for name in op.streams)]
-    if unknown := set(names) - set(STREAMS):
-        raise ModelError(f"logits: unknown stream {sorted(unknown)[0]!r}; known: {', '.join(STREAMS)}")
-    opened = {name: model.prefill(STREAMS[name](inputs)) for name in names}
-    return {name: logits for name, (logits, _) in opened.items()}, {
-        name: stream for name, (_, stream) in opened.items()
-    }
+
+    @property
+    def beams(self) -> bool: ...
+
+    def begin(self, prompts: Prompts) -> Search: ...
+
+
+def check_decoder(program: Program, decoder: Decoder | None) -> None:
+    """Refuse a program whose decode controller needs beams. Raises ModelError."""
+    if any(isinstance(op, Control) for _, op in program) and not (decoder is not None and decoder.beams):
+        found = "greedy" if decoder is None else type(decoder).__name__.lower()
+        raise ModelError(f"decode: this method ranks the beams of a beam search; expected decode: beam, found {found}")
 
 
 @torch.inference_mode()
 def generate(
-    model: BaseVlm, inputs: Any, *, max_new_tokens: int, stop: int, sampling: Sampling | None = None
+    model: BaseVlm, inputs: Any, *, max_new_tokens: int, stop: int, decoder: Decoder | None = None
 ) -> list[list[int]]:
     """Continue each prompt until ``stop`` or ``max_new_tokens`` tokens; ``stop`` itself is not returned.
 
     Runs under the program that is attached to ``model``. Every stream has its own cache; all get the tokens
-    chosen from the rewritten logits.
+    chosen from the rewritten logits. Without a ``decoder``, decoding is greedy.
+
+    Raises ModelError when the program's decode controller does not go with the decoder.
     """
-    rewrites = model.engine.rewrites if model.engine is not None else []
-    logits, streams = open_streams(model, inputs)
-    generator = None
-    if sampling is not None:
-        generator = torch.Generator(inputs.tokens.device).manual_seed(sampling.seed)
-    chosen: list[Int[Tensor, " batch"]] = []
-    done: Bool[Tensor, " batch"] = torch.zeros(len(inputs.tokens), dtype=torch.bool, device=inputs.tokens.device)
-    for step in range(max_new_tokens):
-        final = logits["main"]
-        for op in rewrites:
-            final = op.logits(logits | {"main": final}, step)
-        token = _pick(final, sampling, generator).masked_fill(done, stop)
-        chosen.append(token)
-        done = done | (token == stop)
-        if bool(done.all()) or step == max_new_tokens - 1:
-            break
-        logits = {name: model.step(stream, token) for name, stream in streams.items()}
-    return [_until(row, stop) for row in torch.stack(chosen, 1).tolist()]
+    engine = model.engine
+    if engine is not None:
+        check_decoder(engine.program, decoder)
+    logits, opened = open_streams(model, inputs)
+    streams = Streams(model, logits, opened)
+    run = streams.main.run
+
+    def begin(count: int) -> Search:
+        prompts = Prompts(count, stop, max_new_tokens, inputs.tokens.device, lambda: row_seeds(inputs, run))
+        return Pick(prompts) if decoder is None else decoder.begin(prompts)
+
+    count = len(inputs.tokens)
+    if engine is None or engine.control is None:
+        return _continue(streams, begin(count), engine.rewrites if engine is not None else [])
+    rows = torch.arange(count, device=inputs.tokens.device)
+    # A controller goes back in one prompt at a time, so each is decoded by itself once all have been run.
+    each = (_continue(streams.take_rows(row[None]), begin(1), engine.rewrites, engine.control) for row in rows)
+    return [answer for answers in each for answer in answers]
 
 
-def _pick(
-    logits: Float[Tensor, "batch vocab"], sampling: Sampling | None, generator: torch.Generator | None
-) -> Int[Tensor, " batch"]:
-    if sampling is None:
-        return logits.argmax(-1)
-    probability = (logits.float() / sampling.temperature).softmax(-1)
-    return torch.multinomial(probability, 1, generator=generator).squeeze(1)
+def _continue(
+    streams: Streams, search: Search, rewrites: Sequence[Rewrite], control: Control | None = None
+) -> list[list[int]]:
+    if search.width > 1:
+        rows = torch.arange(len(streams.logits["main"]), device=streams.logits["main"].device)
+        streams = streams.take_rows(rows.repeat_interleave(search.width), remember=control is not None)
+    decode = Decode(streams, search)
+    controller = None if control is None else control.begin(decode)
+    while True:
+        scores = search.score(streams.rewritten(rewrites))
+        move = search.advance(scores) if controller is None else decode.choose(controller, scores)
+        if move is None:
+            continue
+        if search.finished:
+            return search.answers()
+        if move.rows is not None:
+            streams.reorder(move.rows)
+        streams.step(move.tokens)
 
 
-def _until(tokens: list[int], stop: int) -> list[int]:
-    return tokens[: tokens.index(stop)] if stop in tokens else tokens
+def row_seeds(inputs: Any, run: Run) -> Int[Tensor, " batch"]:
+    """An integer of each prompt's text and pixels, whatever else is in the batch."""
+    place = inputs.valid.long().cumsum(1)  # 1, 2, 3 ... over the tokens of each row
+    text = ((inputs.tokens + 2) * place * MIX).masked_fill(~inputs.valid, 0).sum(1)
+    return text + run.segment_seed(run.layouts[0])
