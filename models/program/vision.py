@@ -140,17 +140,19 @@ class VisionEngine:
 
     def hook(self) -> list[RemovableHandle]:
         """Hooks on every block that must be watched or cut. Raises ModelError for a block that cannot be."""
-        whole: Any = self.encoder
-        handles = [whole.register_forward_hook(self._after, always_call=True)]
         for number, block in enumerate(self.encoder.blocks):
             if f"vit.mid[{number}]" in self.cuts:
                 _halves(block)
+        if not self.acts and not self.needs:
+            return []
+        whole: Any = self.encoder
+        handles = [whole.register_forward_hook(self._after, always_call=True)]
+        for number, block in enumerate(self.encoder.blocks):
             if self.cuts or number in self.needs:
                 watch = _Around(self, number, block)
                 handles.append(block.register_forward_pre_hook(watch.enter, with_kwargs=True))
                 # before the hooks by which Transformers collects hidden states, so that those are cut too
-                leave = block.register_forward_hook(watch.leave, prepend=True, always_call=True)
-                handles.append(leave)
+                handles.append(block.register_forward_hook(watch.leave, prepend=True, always_call=True))
         return handles
 
     def begin(
@@ -227,8 +229,8 @@ class VisionEngine:
         valid = self._with_prefix(now.valid)
         bias = torch.zeros(valid.shape, dtype=like.dtype, device=like.device).masked_fill(~valid, -torch.inf)
         if now.weigh and now.size is not None:
-            ones = now.size.new_ones(len(now.size), self.encoder.prefix)
-            bias = bias + torch.cat([ones, now.size.clamp_min(1)], 1).log().to(like.dtype)
+            size = F.pad(now.size.clamp_min(1), (self.encoder.prefix, 0), value=1)
+            bias = bias + size.to(torch.promote_types(like.dtype, torch.float32)).log().to(like.dtype)
         return bias[:, None, None] if bool((bias != 0).any()) else None
 
     def reduce(self, site: str, x: Float[Tensor, "images tokens width"]) -> Float[Tensor, "images fewer width"]:
