@@ -1,6 +1,5 @@
 """SnapKV: LLM Knows What You are Looking for Before Generation (NeurIPS 2024)."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -8,9 +7,11 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from vlm.models.program.budget import Budget
-from vlm.models.program.cache import Entries, Evict, capacity
-from vlm.models.program.kv import group_heads, observed
-from vlm.models.program.program import KV_PREFILL, Program
+from vlm.models.program.cache import Entries, capacity
+from vlm.models.program.compress import compress, received_by_entry
+from vlm.models.program.kv import observed
+from vlm.models.program.kv_budget import Window
+from vlm.models.program.program import Program
 from vlm.models.program.signals import Facts, Received
 
 
@@ -18,10 +19,10 @@ from vlm.models.program.signals import Facts, Received
 class Snapkv:
     """Each head keeps the entries that the last rows of the prompt attend to most, and those rows.
 
-    keep: entries of each head, a share of the prompt or a number. window: rows that observe; fewer where the budget is
-    smaller than two windows. kernel, pooling: scores are smoothed over neighbours (``mean`` of 5 is the code's default,
-    ``max`` of 7 its LongBench setting). heads: how query heads share a key/value head (the code keeps a cache for each
-    query head instead).
+    keep: entries of each head, a share of the prompt or a number. window: rows that observe and stay; at most half the
+    budget. kernel, pooling: scores are smoothed over neighbours (``mean`` of 5 is the code's default, ``max`` of 7 its
+    LongBench setting). heads: how query heads share a key/value head (the code keeps a cache for each query head
+    instead).
     """
 
     source: ClassVar[str] = "SnapKV (NeurIPS 2024), section 4; official code"
@@ -34,15 +35,11 @@ class Snapkv:
     heads: Literal["mean", "max"] = "mean"
 
     def program(self, facts: Facts) -> Program:
-        if self.keep.everything:
-            return ()
-
-        def keep(layers: Sequence[Entries]) -> list[Bool[Tensor, "batch kv_heads entries"]]:
-            return [self._keep(entries) for entries in layers]
-
-        return ((KV_PREFILL, Evict(lambda layer: (Received(layer, self.window, "each"),), keep)),)
+        rows = Window(self.window, self.keep)
+        return compress(self.keep, lambda layer: (Received(layer, rows, "each"),), self._keep)
 
     def _keep(self, entries: Entries) -> Bool[Tensor, "batch kv_heads entries"]:
-        score = group_heads(entries.signal(Received(entries.layer, self.window, "each")), entries.kv_heads, self.heads)
+        rows = Window(self.window, self.keep)
+        score = received_by_entry(entries, rows, self.heads)
         kept = capacity(self.keep, entries)
-        return observed(score, entries.layout.valid, kept, self.window, self.kernel, self.pooling)
+        return observed(score, entries.valid, kept, rows.of(entries.prompt), self.kernel, self.pooling)

@@ -1,7 +1,8 @@
 """Key/value caches under a program: which entries stay after the prompt, go at a step, or are read at a step.
 
 Policies mark entries; here the marks become shorter caches and masks. Heads may keep different entries, so what a
-layer's cache holds is a table of places per key/value head. Entries keep the rotary positions that they were made with.
+layer's cache holds is a table of places per key/value head. Entries keep the rotary positions that they were made with,
+and the next token's position is the true length of its sequence.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from vlm.models.program.budget import Budget
 from vlm.models.program.layout import Layout, compact
-from vlm.models.program.signals import Attention, Signal
+from vlm.models.program.signals import Signal
 
 Needs = Callable[[int], tuple[Signal, ...]]
 
@@ -42,8 +44,8 @@ class Entries(NamedTuple):
     """One layer's cache as a policy sees it.
 
     layout: of the layer's sequence, generated tokens included. held: what the cache holds of it. signal: values over
-    the layer's sequence as it was when they were read. step: tokens generated so far. memory: what a policy wants to
-    remember between steps of this layer (``shared``: of all layers).
+    the layer's sequence, read on the prompt. step: tokens generated so far. seed: gives an integer of each sample's
+    pixels. memory: what a policy wants to remember between steps of this layer (``shared``: of all layers).
     """
 
     layer: int
@@ -51,6 +53,7 @@ class Entries(NamedTuple):
     held: Held
     signal: Callable[[Signal], Tensor]
     step: int
+    seed: Callable[[], Int[Tensor, " batch"]]
     memory: dict[str, Any]
     shared: dict[str, Any]
 
@@ -59,10 +62,48 @@ class Entries(NamedTuple):
         return self.held.place.shape[1]
 
     @property
+    def prompt(self) -> Int[Tensor, " batch"]:
+        """Entries that the layer's own prompt had: after a cut, those that the cut left."""
+        return self.layout.valid.sum(1) - self.step
+
+    @property
+    def valid(self) -> Bool[Tensor, "batch entries"]:
+        """Which entries are real, for a cache whose heads hold equally many."""
+        return self.held.valid[:, 0]
+
+    @property
     def visual(self) -> Bool[Tensor, "batch kv_heads entries"]:
         """Which entries are visual tokens."""
         wide = self.layout.visual[:, None].expand(-1, self.kv_heads, -1)
         return wide.gather(2, self.held.place) & self.held.valid
+
+
+class Row(NamedTuple):
+    """What the row of a generated token did in one layer.
+
+    query, key: after the rotation; key holds the entries that were read, real: which of those are no padding. index:
+    where they stand in the cache, None when all ``entries`` of it were read.
+    """
+
+    query: Float[Tensor, "batch heads dim"]
+    key: Float[Tensor, "batch kv_heads read dim"]
+    real: Bool[Tensor, "batch kv_heads read"]
+    index: Int[Tensor, "batch kv_heads read"] | None
+    entries: int
+    scale: float | None
+
+    def attention(self) -> Float[Tensor, "batch heads entries"]:
+        """What the row paid to each entry of the cache, 0 to those that it did not read; single precision or more."""
+        wide = torch.promote_types(self.query.dtype, torch.float32)
+        heads, kv_heads = self.query.shape[1], self.key.shape[1]
+        q = self.query.unflatten(1, (kv_heads, -1)).to(wide)  # [B,KV,G,D]
+        scale = self.query.shape[2] ** -0.5 if self.scale is None else self.scale
+        score = (q @ self.key.transpose(2, 3).to(wide) * scale).masked_fill(~self.real[:, :, None], -torch.inf)
+        paid = score.softmax(-1).flatten(1, 2)  # [B,H,R]
+        if self.index is None:
+            return paid
+        everywhere = paid.new_zeros(*paid.shape[:2], self.entries)
+        return everywhere.scatter(2, self.index.repeat_interleave(heads // kv_heads, 1), paid)
 
 
 @dataclass(frozen=True)
@@ -74,25 +115,38 @@ class Evict:
     keep: Callable[[Sequence[Entries]], Sequence[Bool[Tensor, "batch kv_heads entries"]]]
 
 
+def _nothing(layer: int) -> tuple[Signal, ...]:
+    return ()
+
+
+def _ignore(entries: Entries, row: Row) -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class EvictStep:
-    """Op at ``kv.decode``: after each generated token, the entries of a layer that stay; None: all."""
+    """Op at ``kv.decode``: after each generated token, the entries of a layer that stay; None: all.
 
-    needs: Needs
+    seen(entries, row) is called with the attention of each generated token's row, before ``keep``.
+    """
+
     keep: Callable[[Entries], Bool[Tensor, "batch kv_heads entries"] | None]
+    seen: Callable[[Entries, Row], None] = _ignore
 
 
 @dataclass(frozen=True)
 class ReadStep:
     """Op at ``kv.decode``: the entries that a generated token's row reads in a layer; nothing is evicted.
 
-    read(entries) marks them before the layer's attention (None: all). seen(entries, attention) is called with the
-    attention call that followed, whose keys are the entries read, at ``places`` of the cache.
+    start(entries) is called after the prompt, the only time at which signals (``needs``) can be asked for.
+    read(entries, query) marks the entries before the layer's attention (None: all). seen(entries, row) is called with
+    the attention that followed.
     """
 
-    needs: Needs
-    read: Callable[[Entries], Bool[Tensor, "batch kv_heads entries"] | None]
-    seen: Callable[[Entries, Attention, Int[Tensor, "batch kv_heads read"] | None], None]
+    read: Callable[[Entries, Float[Tensor, "batch heads dim"]], Bool[Tensor, "batch kv_heads entries"] | None]
+    seen: Callable[[Entries, Row], None] = _ignore
+    start: Callable[[Entries], None] = lambda entries: None
+    needs: Needs = _nothing
 
 
 def held_whole(layout: Layout, kv_heads: int) -> Held:
@@ -117,18 +171,100 @@ def gather_entries(
     return states.gather(2, index[..., None].expand(-1, -1, -1, states.shape[3]))
 
 
-def shorten(cache_layer: Any, held: Held, keep: Bool[Tensor, "batch kv_heads entries"]) -> Held:
+class PackedLayer(CacheLayerMixin):
+    """A layer's cache whose rows or heads hold different numbers of entries, stored without padding.
+
+    keys, values: [all entries of all heads and rows, dim]; the padded form is made for the time of the layer's
+    attention only, so uneven heads free what their marks drop.
+    """
+
+    is_croppable = True
+
+    def __init__(
+        self,
+        keys: Float[Tensor, "batch kv_heads entries dim"],
+        values: Float[Tensor, "batch kv_heads entries dim"],
+        real: Bool[Tensor, "batch kv_heads entries"],
+    ) -> None:
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self._pack(keys, values, real)
+
+    def _pack(self, keys: Tensor, values: Tensor, real: Tensor) -> None:
+        self.keys: Tensor = keys[real]
+        self.values: Tensor = values[real]
+        self.real = real
+
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [batch, kv_heads, entries, dim], 0 where there is no entry."""
+        mask = self.real[..., None]
+        keys, values = (
+            states.new_zeros(*self.real.shape, states.shape[1]).masked_scatter(mask, states)
+            for states in (self.keys, self.values)
+        )
+        return keys, values
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        new = zip(self.padded(), (key_states, value_states), strict=True)
+        keys, values = (torch.cat(pair, 2) for pair in new)
+        self._pack(keys, values, torch.nn.functional.pad(self.real, (0, key_states.shape[2]), value=True))
+        return keys, values
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise NotImplementedError  # it is made with its entries
+
+    def get_seq_length(self) -> int:
+        return self.real.shape[2]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._pack(*(states[beam_idx] for states in (*self.padded(), self.real)))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop so many entries, given as a negative number, from the end of every row and head."""
+        self._pack(*(states[:, :, :tokens_to_remove] for states in (*self.padded(), self.real)))
+
+
+def stored(layer: Any) -> tuple[Tensor, Tensor]:
+    """A cache layer's keys and values [batch, kv_heads, entries, dim]."""
+    return layer.padded() if isinstance(layer, PackedLayer) else (layer.keys, layer.values)
+
+
+def shorten(cache: DynamicCache, layer: int, held: Held, keep: Bool[Tensor, "batch kv_heads entries"]) -> Held:
     """Drop the entries that are not marked from a layer's cache; returns what it then holds."""
     keep = keep & held.valid
     if bool((keep | ~held.valid).all()):
         return held
     index, real = pick(keep)
-    cache_layer.keys = gather_entries(cache_layer.keys, index)
-    cache_layer.values = gather_entries(cache_layer.values, index)
+    keys, values = (gather_entries(states, index) for states in stored(cache.layers[layer]))
+    if bool(real.all()):
+        plain: Any = DynamicLayer()
+        plain.update(keys, values)
+        cache.layers[layer] = plain
+    else:
+        cache.layers[layer] = PackedLayer(keys, values, real)
     return Held(held.place.gather(2, index), real)
 
 
+def stay(
+    value: Float[Tensor, "batch kv_heads entries"], entries: Entries, keep: Bool[Tensor, "batch kv_heads entries"]
+) -> Float[Tensor, "batch kv_heads kept"]:
+    """What a policy remembers of each entry, after :func:`shorten` has dropped the others."""
+    return value.gather(2, pick(keep & entries.held.valid)[0])
+
+
 def capacity(keep: Budget, entries: Entries) -> Int[Tensor, " batch"]:
-    """Entries that each head of the layer may keep in each sample: of what the prompt's own layer holds."""
-    prompt = entries.layout.valid.sum(1)
-    return keep.count(prompt, torch.ones_like(prompt))
+    """Entries that each head of the layer may keep of each sample's prompt: a share of it, or a number."""
+    return keep.count(entries.prompt, torch.ones_like(entries.prompt))
+
+
+def standing(keep: Budget, entries: Entries) -> Int[Tensor, " batch"]:
+    """Entries that each head of the layer may hold at any time: a share of the prompt, or a number, which a shorter
+    prompt leaves room to grow to."""
+    share = capacity(keep, entries)
+    return share if keep.tokens is None else torch.full_like(share, keep.tokens)

@@ -28,8 +28,9 @@ def group_heads(
     return grouped.mean(2) if how == "mean" else grouped.amax(2)
 
 
-def recent(valid: Bool[Tensor, "batch keys"], window: int) -> Bool[Tensor, "batch keys"]:
+def recent(valid: Bool[Tensor, "batch keys"], window: int | Int[Tensor, " batch"]) -> Bool[Tensor, "batch keys"]:
     """The last ``window`` real entries of each row."""
+    window = torch.as_tensor(window, device=valid.device)[..., None]
     return valid & (numbers(valid) >= valid.sum(1, keepdim=True) - window)
 
 
@@ -71,7 +72,7 @@ def observed(
     score: Float[Tensor, "batch heads keys"],
     valid: Bool[Tensor, "batch keys"],
     capacity: int | Int[Tensor, " batch"] | Int[Tensor, "batch heads"],
-    window: int = 32,
+    window: int | Int[Tensor, " batch"] = 32,
     kernel: int = 5,
     pooling: Literal["mean", "max"] = "mean",
 ) -> Bool[Tensor, "batch heads keys"]:
@@ -85,17 +86,23 @@ def observed(
     """
     last = recent(valid, window)
     before = valid & ~last
-    prefix = max(capacity - window, 0) if isinstance(capacity, int) else (capacity - window).clamp_min(0)
+    each = torch.as_tensor(window, device=score.device).expand(len(score))
+    limit = torch.as_tensor(capacity, device=score.device)
+    limit = limit.expand(len(score)) if limit.ndim < 2 else limit
+    prefix = (limit - (each if limit.ndim == 1 else each[:, None])).clamp_min(0)
     return top_entries(pooled(score, before, kernel, pooling), before, prefix) | last[:, None]
 
 
-def first_and_recent(valid: Bool[Tensor, "batch keys"], sinks: int, window: int) -> Bool[Tensor, "batch keys"]:
+def first_and_recent(
+    valid: Bool[Tensor, "batch keys"], sinks: int | Int[Tensor, " batch"], window: int | Int[Tensor, " batch"]
+) -> Bool[Tensor, "batch keys"]:
     """StreamingLLM: the first ``sinks`` entries and the last ``window``, for all heads.
 
     The paper also counts positions anew inside the cache, which is the cache's matter: KVCache-Factory keeps them, and
     takes ``capacity - window`` first entries. Source: StreamingLLM (ICLR 2024), section 3.2.
     """
-    return (valid & (numbers(valid) < sinks)) | recent(valid, window)
+    first = numbers(valid) < torch.as_tensor(sinks, device=valid.device)[..., None]
+    return (valid & first) | recent(valid, window)
 
 
 def with_recent_share(
@@ -116,18 +123,21 @@ def with_recent_share(
 
 
 def hidden_strength(
-    hidden: Float[Tensor, "batch keys width"],
+    norm: Float[Tensor, "batch keys"],
     latest: Bool[Tensor, "batch keys"],
     strength: float = 2.0,
     temperature: float = 3.5,
 ) -> Float[Tensor, "batch keys"]:
     """GUI-KV's bonus for entries of the latest image: softmax of the standardised norm of the layer's input.
 
-    hidden: after the layer's input norm. The class's own defaults are 0.1 and 1; these are what its scripts set.
+    norm: L2, of what enters the layer's attention. Norms that differ by rounding alone are equal: without a learned
+    gain the input norm makes them so. The class's own defaults are 0.1 and 1; its scripts set these.
     Source: GUI-KV (arXiv 2510.00536), section 3.1.
     """
-    norm = standardised(hidden.float().norm(dim=2), latest) / temperature
-    share = norm.masked_fill(~latest, -torch.inf).softmax(1)
+    high = norm.masked_fill(~latest, 0).amax(1, keepdim=True)
+    low = norm.masked_fill(~latest, torch.inf).amin(1, keepdim=True)
+    standard = standardised(norm.float(), latest).masked_fill(high - low < 1e-5 * high, 0) / temperature
+    share = standard.masked_fill(~latest, -torch.inf).softmax(1)
     return torch.where(latest, strength * share, 0)
 
 
@@ -136,16 +146,19 @@ def outside_span(
 ) -> Float[Tensor, "batch heads keys"]:
     """Norm of what each key has outside the span of the first ``rank`` keys of the latest image.
 
-    Small means that the latest image says the same. Source: GUI-KV (arXiv 2510.00536), section 3.2 (QR without
-    pivoting, hence the first keys).
+    Small means that the latest image says the same; what is left by rounding alone counts as nothing. Source: GUI-KV
+    (arXiv 2510.00536), section 3.2 (QR without pivoting, hence the first keys).
     """
-    key = key.float()
+    key = key if key.dtype == torch.float64 else key.float()
     index, there = places(latest & (numbers(latest) < rank))  # [B,R]
+    if index.shape[1] == 0:
+        return key.norm(dim=3)
     chosen = key.gather(2, index[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3]))
     chosen = chosen * there[:, None, :, None]
     left, values, _ = torch.linalg.svd(chosen.transpose(2, 3), full_matrices=False)  # [B,H,d,min(d,R)]
     left = left * (values > values.amax(-1, keepdim=True) * 1e-6)[..., None, :]
-    return (key - key @ left @ left.transpose(2, 3)).norm(dim=3)
+    rest = (key - key @ left @ left.transpose(2, 3)).norm(dim=3)
+    return rest.masked_fill(rest < 1e-5 * key.norm(dim=3), 0)
 
 
 def without_repeats(
@@ -185,9 +198,9 @@ def some_heads_whole(
     valid: Bool[Tensor, "batch keys"],
     distance: Float[Tensor, "batch heads"],
     whole: int,
-    total: float,
-    sinks: int = 16,
-    window: int = 256,
+    total: int | float | Int[Tensor, " batch"],
+    sinks: int | Int[Tensor, " batch"] = 16,
+    window: int | Int[Tensor, " batch"] = 256,
 ) -> Bool[Tensor, "batch heads keys"]:
     """Task-KV: the ``whole`` farthest heads keep everything, the others sinks, recent and the best middle entries.
 
@@ -208,13 +221,12 @@ def some_heads_whole(
 
 
 def lightest(
-    score: Float[Tensor, "batch heads keys"], valid: Bool[Tensor, "batch keys"], window: int
-) -> Int[Tensor, "batch heads"]:
-    """The entry that H2O evicts at a decoding step: the smallest accumulated score outside the last ``window``.
+    score: Float[Tensor, "batch heads keys"], candidates: Bool[Tensor, "batch heads keys"]
+) -> Bool[Tensor, "batch heads keys"]:
+    """The candidate of smallest score of each head, the earlier of a tie; none where there is no candidate.
 
-    Source: H2O (NeurIPS 2023), section 4. Raises ValueError where every entry is recent.
+    H2O evicts it at a decoding step: the smallest accumulated score outside the recent window (NeurIPS 2023,
+    section 4). RefreshKV replaces it in the set that it reads (ACL 2025, section 3).
     """
-    candidates = valid & ~recent(valid, window)
-    if not bool(candidates.any(1).all()):
-        raise ValueError(f"window: expected fewer than the {int(valid.sum(1).min())} entries; found {window}")
-    return score.masked_fill(~candidates[:, None], torch.inf).argmin(2)
+    place = score.masked_fill(~candidates, torch.inf).argmin(2, keepdim=True)
+    return torch.zeros_like(candidates).scatter(2, place, True) & candidates

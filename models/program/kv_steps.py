@@ -23,13 +23,12 @@ def read_by(layer: int, focal: tuple[int, ...], step: int) -> tuple[int, int] | 
 
 
 def step_set(
-    attention: Float[Tensor, "batch heads keys"], visual: Bool[Tensor, "batch keys"], share: float = 0.05
+    attention: Float[Tensor, "batch heads keys"], visual: Bool[Tensor, "batch keys"], count: Int[Tensor, " batch"]
 ) -> Bool[Tensor, "batch keys"]:
-    """The ``ceil(share n)`` visual entries that a focal layer's row attends to most, mean over heads.
+    """The ``count`` visual entries that a focal layer's row attends to most, mean over heads.
 
-    Source: FastOCR (arXiv 2605.17447), abstract. Reconstructed.
+    Source: FastOCR (arXiv 2605.17447), abstract (5 % of them). Reconstructed.
     """
-    count = (visual.sum(1).double() * share - 1e-9).ceil().long()
     return top_entries(attention.mean(1, keepdim=True), visual, count)[:, 0]
 
 
@@ -52,21 +51,13 @@ def query_moved(
 
 
 def recycled(
-    attention: Float[Tensor, "batch heads keys"], valid: Bool[Tensor, "batch keys"], count: int
+    attention: Float[Tensor, "batch heads keys"], valid: Bool[Tensor, "batch keys"], count: int | Int[Tensor, " batch"]
 ) -> Bool[Tensor, "batch heads keys"]:
     """The entries that the steps until the next full one read: the best of a full step's row, for each head.
 
-    Give attention by key/value head, the maximum over its query heads (:func:`vlm.models.program.kv.group_heads`;
-    the paper does not say how). Source: RefreshKV (ACL 2025), section 3.
+    A step in between adds its own entry in the place of the one it attended to least
+    (:func:`vlm.models.program.kv.lightest`), so that the set keeps its size. Give attention by key/value head, the
+    maximum over its query heads (:func:`vlm.models.program.kv.group_heads`): the paper does not say how.
+    Source: RefreshKV (ACL 2025), section 3.
     """
     return top_entries(attention, valid, count)
-
-
-def replaced(
-    attention: Float[Tensor, "batch heads entries"], index: Int[Tensor, "batch heads entries"], new: int
-) -> Int[Tensor, "batch heads entries"]:
-    """The set after one recycled step: entry ``new`` in the place of the one that the step's row attended to least.
-
-    Source: RefreshKV (ACL 2025), section 3: the small cache keeps its size.
-    """
-    return index.scatter(2, attention.argmin(2, keepdim=True), new)

@@ -69,8 +69,11 @@ def test_padding_and_other_rows_change_nothing(side, how):
     value = torch.randn(3, 2, 12, 4, generator=g)
     kept = {
         "observed": observed(score, valid, capacity, 2, 3, how),
+        "windows": observed(score, valid, capacity, torch.tensor([1, 3, 2]), 3, how),
+        "heads": observed(score, valid, torch.stack([capacity, capacity - 1], 1), torch.tensor([1, 3, 2]), 3, how),
         "share": with_recent_share(score, valid, capacity, 0.4),
         "stream": first_and_recent(valid, 1, 3)[:, None].expand(-1, 2, -1),
+        "streams": first_and_recent(valid, capacity // 4, capacity // 2)[:, None].expand(-1, 2, -1),
         "whole": some_heads_whole(score, valid, semantic_distance(score, value, valid, 3), 1, 14, 1, 2),
     }
     for s, n in enumerate(lengths):
@@ -78,8 +81,11 @@ def test_padding_and_other_rows_change_nothing(side, how):
         distance = semantic_distance(own, value[s : s + 1, :, valid[s]], all_, 3)
         alone = {
             "observed": observed(own, all_, count, 2, 3, how),
+            "windows": observed(own, all_, count, [1, 3, 2][s], 3, how),
+            "heads": observed(own, all_, torch.stack([count, count - 1], 1), [1, 3, 2][s], 3, how),
             "share": with_recent_share(own, all_, count, 0.4),
             "stream": first_and_recent(all_, 1, 3)[:, None].expand(-1, 2, -1),
+            "streams": first_and_recent(all_, int(count) // 4, int(count) // 2)[:, None].expand(-1, 2, -1),
             "whole": some_heads_whole(own, all_, distance, 1, 14, 1, 2),
         }
         for name, marks in kept.items():
@@ -119,10 +125,10 @@ def test_query_heads_share_their_key_value_head():
 
 def test_eviction_at_a_step_takes_the_lightest_old_entry():
     score = torch.tensor([[[3.0, 1.0, 2.0, 0.0], [0.0, 1.0, 2.0, 0.0]]])
-    assert lightest(score, everything(4), 1).tolist() == [[1, 0]]
-    assert lightest(score, torch.tensor([[False, True, True, True]]), 1).tolist() == [[1, 1]]
-    with pytest.raises(ValueError, match="window: expected fewer than the 4 entries; found 4"):
-        lightest(score, everything(4), 4)
+    old = everything(4) & ~recent(everything(4), 1)
+    assert indices(lightest(score, old[:, None].expand(-1, 2, -1))[0]) == [[1], [0]]
+    some = torch.tensor([[[False, True, True, False], [False, False, False, False]]])
+    assert indices(lightest(score, some)[0]) == [[1], []]
 
 
 def test_the_bonus_of_hidden_norms_is_a_softmax_over_the_latest_image():
@@ -130,9 +136,12 @@ def test_the_bonus_of_hidden_norms_is_a_softmax_over_the_latest_image():
     latest[0, 3:8] = True
     norm = hidden[0, 3:8].norm(dim=1)
     expected = 2 * ((norm - norm.mean()) / norm.std() / 3.5).softmax(0)
-    bonus = hidden_strength(hidden, latest)
+    bonus = hidden_strength(hidden.norm(dim=2), latest)
     torch.testing.assert_close(bonus[0, 3:8], expected)
     assert bonus.sum().item() == pytest.approx(2)
+    even = 5.0 + 1e-7 * torch.randn(1, 9, dtype=torch.float64)
+    torch.testing.assert_close(hidden_strength(even, latest), torch.where(latest, 2 / 5, 0.0))
+    assert not hidden_strength(even, latest & False).any()
 
 
 def test_what_the_latest_image_repeats_is_found_by_its_span():
@@ -145,7 +154,8 @@ def test_what_the_latest_image_repeats_is_found_by_its_span():
         basis, _ = torch.linalg.qr(key[0, h, 8:11].T)
         expected = (key[0, h] - key[0, h] @ basis @ basis.T).norm(dim=1)
         torch.testing.assert_close(residual[0, h], expected, rtol=1e-4, atol=1e-5)
-    assert bool((residual[0, :, 2] < 1e-5).all())
+    assert residual[0, :, 2].tolist() == [0, 0] == residual[0, :, 8].tolist()
+    torch.testing.assert_close(outside_span(key, latest & False), key.norm(dim=3))
     older = ~latest
     score = without_repeats(torch.ones(1, 2, 12), residual, older, 0.25)
     assert (score[0] == 0).sum(1).tolist() == [2, 2]
