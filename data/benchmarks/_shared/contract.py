@@ -15,14 +15,16 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from vlm.data.errors import DataError
 
+IMAGE_MARK = "<image>"
+
 
 @dataclass(frozen=True)
 class Question:
     """One prompt about one image, several, or none.
 
     `id` is unique in the benchmark and the key of its answer; `images` are keys in the image source, in the order in
-    which they are shown before the prompt; `group` is the part of the benchmark it is scored in (a POPE split, say),
-    "" if there is only one.
+    which they are shown: where the prompt has `IMAGE_MARK`s, one for each, there, else all before it; `group` is the
+    part of the benchmark it is scored in (a POPE split, say), "" if there is only one.
     """
 
     id: str
@@ -33,6 +35,20 @@ class Question:
     def __post_init__(self) -> None:
         if isinstance(self.images, str):
             raise DataError(f"question {self.id!r}: images: expected a tuple of keys, found {self.images!r}")
+        if self.prompt.count(IMAGE_MARK) not in (0, len(self.images)):
+            raise DataError(
+                f"question {self.id!r}: expected {len(self.images)} marks {IMAGE_MARK} in the prompt or none, found "
+                f"{self.prompt.count(IMAGE_MARK)}"
+            )
+
+    def parts(self) -> tuple[str | None, ...]:
+        """The prompt in the order it is shown: None for each image, text for what lies between; no empty text."""
+        if IMAGE_MARK not in self.prompt:
+            return (*[None] * len(self.images), *([self.prompt] if self.prompt else []))
+        pieces: list[str | None] = []
+        for piece in self.prompt.split(IMAGE_MARK):
+            pieces += [None, piece.strip(" ")]
+        return tuple(piece for piece in pieces[1:] if piece != "")
 
     @property
     def image(self) -> str:
