@@ -59,9 +59,12 @@ class Budget:
         return self.ratio == 1
 
     def of(self, tokens: int, images: int = 1) -> int:
-        """Tokens to keep of ``tokens`` tokens of ``images`` images: at least one, at most all."""
+        """Tokens to keep of ``tokens`` tokens of ``images`` images: at least one, at most all.
+
+        A budget of 0 tokens, which no recipe can say, keeps none.
+        """
         wanted = images * self.tokens if self.tokens is not None else round(tokens * (self.ratio or 1.0))
-        return min(max(wanted, 1), tokens)
+        return min(max(wanted, 0 if self.tokens == 0 else 1), tokens)
 
     def count(self, tokens: Int[Tensor, " segments"], images: Int[Tensor, " segments"]) -> Int[Tensor, " segments"]:
         """Tokens to keep in each segment that has ``tokens`` tokens of ``images`` images: at least one, at most all."""

@@ -127,24 +127,33 @@ def add_clusters(
     kept: Bool[Tensor, "segments tokens"],
     share: float = 0.3,
     tokens_per_cluster: int = 10,
+    most: Int[Tensor, " segments"] | None = None,
 ) -> Reduced:
     """The kept tokens, and the means of clusters of the best of the dropped ones.
 
     Of n dropped tokens the ``int(share n) + 1`` of largest score are recycled, into ``int(recycled / 10) + 1``
-    clusters (:func:`~vlm.models.program.clusters.density_peaks`), each at the place of its centre. Means are divided
-    by the exact size (the code adds 1e-6 to it). Source: SparseVLM (ICML 2025), section 3.4 and official code.
+    clusters (:func:`~vlm.models.program.clusters.density_peaks`), but not more than ``most``, each at the place of its
+    centre. Means are divided by the exact size (the code adds 1e-6 to it). Source: SparseVLM (ICML 2025), section 3.4
+    and official code.
     """
     dropped = valid & ~kept
-    n = dropped.sum(1)
-    recycled = torch.where(n > 0, (n.double() * share + 1e-9).long() + 1, 0)
+    recycled, clusters = clusters_of(dropped.sum(1), share, tokens_per_cluster)
     again = (ranks(score, dropped) < recycled[:, None]) & dropped
-    clusters = torch.where(n > 0, recycled // tokens_per_cluster + 1, 0)
+    clusters = clusters if most is None else clusters.minimum(most)
     centre, cluster = density_peaks(x, again, clusters)
     place, there = places(centre)
     join = (cluster[..., None] == place[:, None]) & again[..., None] & there[:, None]
     size = join.sum(1)
-    mean = join / size[:, None].clamp_min(1)
+    mean = join.double() / size[:, None].clamp_min(1)
     return _together(drop(x, valid, kept), Reduced(place, weighted_sums(mean.transpose(1, 2), x, valid), there))
+
+
+def clusters_of(
+    dropped: Int[Tensor, "*batch"], share: float = 0.3, tokens_per_cluster: int = 10
+) -> tuple[Int[Tensor, "*batch"], Int[Tensor, "*batch"]]:
+    """How many of ``dropped`` tokens :func:`add_clusters` recycles, and into how many clusters."""
+    recycled = torch.where(dropped > 0, (dropped.double() * share + 1e-9).long() + 1, 0)
+    return recycled, torch.where(dropped > 0, recycled // tokens_per_cluster + 1, 0)
 
 
 def _nearest(

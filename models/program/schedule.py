@@ -180,3 +180,39 @@ def budgets(keep: Budget, facts: Facts, cuts: Sequence[int], shares: Sequence[fl
     except ValueError as error:
         raise ModelError(f"prune.keep: {error}") from None
     return [Budget(ratio=n / visual) if facts.visual is None else Budget(tokens=n) for n in after]
+
+
+def staged(keep: Budget, facts: Facts, layer: int, more: float) -> list[Budget]:
+    """What a cut before the language model and a second one at the input of decoder layer ``layer`` leave.
+
+    ``more`` times as many stay after the first as after the second, or all where there are not so many.
+    Raises ModelError as :func:`budgets` does.
+    """
+    if keep.meaning != "final":
+        return budgets(keep, facts, [0, layer], (more, 1))
+    if keep.tokens is not None:
+        return [Budget(tokens=round(keep.tokens * more)), Budget(tokens=keep.tokens)]
+    share = keep.ratio or 1.0
+    return [Budget(ratio=min(1.0, share * more)), Budget(ratio=share)]
+
+
+def withdrawal_layer(keep: Budget, facts: Facts) -> int:
+    """The decoder layer, from 1 on, before which all visual tokens go so that ``keep`` is met most nearly.
+
+    Raises ModelError for a budget that says how many tokens are left at the end, or a number of them where the tokens
+    of an image are not known before it is seen.
+    """
+    if keep.meaning in ("final", "after_layer"):
+        raise ModelError(
+            f"prune.keep: no visual token is left at the end; expected average, flops or kv_bytes, found {keep}"
+        )
+    if facts.shape is None or (facts.visual is None and keep.tokens is not None):
+        raise ModelError(f"prune.keep: expected a share, since images differ in their tokens here; found {keep}")
+    visual, shape = facts.visual or 576, facts.shape
+
+    def cost(layer: int) -> float:
+        left = tokens_per_layer(visual, [layer], [0], facts.layers) if layer < facts.layers else [visual] * facts.layers
+        return getattr(report(left, TEXT, shape), keep.meaning)
+
+    target = keep.tokens if keep.tokens is not None else (keep.ratio or 1.0) * cost(facts.layers)
+    return min(range(1, facts.layers), key=lambda layer: abs(cost(layer) - target))

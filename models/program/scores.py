@@ -151,14 +151,20 @@ def rated(
 
 
 def rotary_decay(
-    distance: Int[Tensor, "*batch"], dim: int, base: float = 10_000.0, floor: float = 1e-3
+    distance: Int[Tensor, "*batch"],
+    dim: int,
+    base: float = 10_000.0,
+    floor: float = 1e-3,
+    theta: Float[Tensor, " half"] | None = None,
 ) -> Float[Tensor, "*batch"]:
     """What rotary positions alone make of equal vectors ``distance`` apart: ``2 / sqrt(dim) * sum_i cos(theta_i d)``.
 
     SparseVLM+ divides attention by it. It can come near zero or below for far tokens: clamped to ``floor`` here
-    (the official code does not). Source: SparseVLM official code, second version.
+    (the official code does not). theta: the frequencies, ``base ** (-2 i / dim)`` if not given.
+    Source: SparseVLM official code, second version.
     """
-    theta = base ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=distance.device) / dim)
+    if theta is None:
+        theta = base ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=distance.device) / dim)
     return (2 / dim**0.5 * (distance[..., None] * theta).cos().sum(-1)).clamp_min(floor).float()
 
 
@@ -175,6 +181,18 @@ def text_relevance(
     """
     every = cosine(image, text).masked_fill(~text_valid[:, None], 0)
     return unit_range(-every.sum(2) / text_valid.sum(1, keepdim=True).clamp_min(1), valid, floor=1e-6)
+
+
+def language_relevance(
+    visual: Float[Tensor, "segments tokens width"],
+    words: Float[Tensor, "segments words width"],
+    valid: Bool[Tensor, "segments tokens"],
+    word_valid: Bool[Tensor, "segments words"],
+) -> Float[Tensor, "segments tokens"]:
+    """Relevance of visual tokens to the question inside the language model's own space, in (0, 1]: the mean cosine with
+    its words' embeddings, rescaled as in :func:`text_relevance`. Ours, for where CLIP's text tower is not there."""
+    every = cosine(visual, words).masked_fill(~word_valid[:, None], 0)
+    return unit_range(every.sum(2) / word_valid.sum(1, keepdim=True).clamp_min(1), valid, floor=1e-6)
 
 
 def relevance_kernel(

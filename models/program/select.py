@@ -5,14 +5,18 @@ Every choice is per segment and independent of padding and of the other segments
 :mod:`vlm.models.program.diverse`.
 """
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from vlm.models.program.debias import Debias
 from vlm.models.program.diverse import max_min_order
 from vlm.models.program.program import Selector, Tokens
+from vlm.models.program.reduce import Reduced, add_weighted_neighbours
 from vlm.models.program.segments import descending, marks, numbers, ranks
-from vlm.models.program.signals import Received, Signal
+from vlm.models.program.signals import RasterShare, Received, Signal
 
 
 def top(
@@ -123,14 +127,30 @@ def random_scores(
     return score.to(valid.device)
 
 
-def top_by(signal: Signal) -> Selector:
-    """The tokens of largest signal (one value a token)."""
-    return Selector(lambda tokens, count: top(tokens.signal(signal), tokens.valid, count), (signal,))
+def top_by(signal: Signal, debias: Debias | None = None) -> Selector:
+    """The tokens of largest signal (one value a token), its bias for late places taken out if asked."""
+    needs, score = scored_by(signal, debias)
+    return Selector(lambda tokens, count: top(score(tokens), tokens.valid, count), needs)
 
 
-def attention_from_last_row(layer: int) -> Selector:
+def scored_by(
+    signal: Signal, debias: Debias | None = None
+) -> tuple[tuple[Signal, ...], Callable[[Tokens], Float[Tensor, "segments tokens"]]]:
+    """The signals that a score needs, and the score: the signal (one value a token), debiased if asked.
+
+    Places are those in the image before any cut of the language model; in the encoder, among the patches that are left.
+    """
+    if debias is None:
+        return (signal,), lambda tokens: tokens.signal(signal)
+    if signal.part == "vision":
+        return (signal,), lambda tokens: debias(tokens.signal(signal), tokens.valid)
+    place = RasterShare()
+    return (signal, place), lambda tokens: debias(tokens.signal(signal), tokens.valid, tokens.signal(place))
+
+
+def attention_from_last_row(layer: int, debias: Debias | None = None) -> Selector:
     """The tokens that the last row of decoder layer ``layer`` attends to most (mean over heads)."""
-    return top_by(Received(layer))
+    return top_by(Received(layer), debias)
 
 
 def uniform_random(seed: int) -> Selector:
@@ -154,3 +174,25 @@ def max_min_diversity() -> Selector:
         return marks(max_min_order(tokens.x, tokens.valid, int(count.max())), tokens.valid, count)
 
     return Selector(choose)
+
+
+def added_to_neighbours(
+    choose: Callable[[Tokens, Int[Tensor, " segments"]], Bool[Tensor, "segments tokens"]],
+    score: Signal,
+    keys: Signal,
+    neighbours: int,
+) -> Selector:
+    """Patches chosen by ``choose``, to which their nearest neighbours and the rest of the image are added (PruMerge):
+    see :func:`~vlm.models.program.reduce.add_weighted_neighbours`. score: one value a patch, or one a head."""
+
+    def reduce(tokens: Tokens, kept: Bool[Tensor, "segments tokens"], count: Int[Tensor, " segments"]) -> Reduced:
+        key = tokens.signal(keys).transpose(1, 2).flatten(2)  # [S,P,heads * dim]
+        return add_weighted_neighbours(tokens.x, key, per_patch(tokens, score), tokens.valid, kept, neighbours)
+
+    return Selector(choose, (score, keys), reduce)
+
+
+def per_patch(tokens: Tokens, score: Signal) -> Float[Tensor, "segments tokens"]:
+    """A score of the encoder's patches, mean over heads where it has one for each."""
+    value = tokens.signal(score)
+    return value.mean(1) if value.ndim == 3 else value

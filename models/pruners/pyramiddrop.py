@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vlm.models.program.budget import Budget
+from vlm.models.program.debias import Debias
 from vlm.models.program.program import Position, Program, cuts, llm_before
 from vlm.models.program.select import top_by
 from vlm.models.program.signals import Facts, Received
@@ -18,7 +19,8 @@ class Pyramiddrop:
 
     layers: where stages begin; by default after a quarter, a half and three quarters of the decoder (8, 16, 24 of 32).
     shares: what the stages keep in proportion to each other (0.5, 0.25, 0.125 of all in the paper); the budget scales
-    them. position: the code counts positions anew (``reindex``); ``keep`` is safer for grounding.
+    them. debias: take the bias for late places out of the attention, by a sigma or ``fastv`` (arXiv 2508.17807).
+    position: the code counts positions anew (``reindex``); ``keep`` is safer for grounding.
     """
 
     source: ClassVar[str] = "PyramidDrop (CVPR 2025), section 3.2; official code"
@@ -27,10 +29,11 @@ class Pyramiddrop:
     keep: Budget
     layers: tuple[int, ...] = ()
     shares: tuple[float, ...] = ()
+    debias: Debias | None = None
     position: Position = "keep"
 
     def program(self, facts: Facts) -> Program:
         layers = self.layers or sorted({max(1, facts.layers * i // 4) for i in (1, 2, 3)})
         shares = self.shares or [0.5**i for i in range(1, len(layers) + 1)]
-        at = [(llm_before(layer), top_by(Received(layer, ahead=True))) for layer in layers]
+        at = [(llm_before(layer), top_by(Received(layer, ahead=True), self.debias)) for layer in layers]
         return cuts(facts, at, self.keep, self.position, shares)

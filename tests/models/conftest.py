@@ -101,20 +101,26 @@ def decode_by_hand(
     *,
     cut: Callable[[int, Tensor, Tensor], Tensor | None] = lambda layer, place, attention: None,
     edit: Callable[[int, Tensor, Tensor, Tensor], Tensor] = lambda layer, x, place, attention: attention,
+    enter: Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor] | None] = lambda *state: None,
+    reindex: bool = False,
 ) -> Tensor:
     """Logits [kept, vocab] of one sequence [n, width]: every layer written out with its attention matrix.
 
     ``cut(layer, place, attention of the layer before [heads, n, n])`` may give the rows that enter ``layer``;
     ``edit(layer, state that enters it, place, attention)`` gives the attention to use. ``place`` is each row's
-    place in the whole sequence.
+    place in the whole sequence. ``enter(layer, state, place, attention of the layer before)`` may give other states,
+    fewer, and the rows that they stand for. ``reindex`` counts positions anew after a cut.
     """
     decoder, place = model.decoder, torch.arange(len(x))
     position = place if position is None else position
     attention = torch.empty(0)
     for number, layer in enumerate(decoder.layers):
         kept = cut(number, place, attention)
-        if kept is not None:
-            x, position, place = x[kept], position[kept], place[kept]
+        changed = (x[kept], kept) if kept is not None else enter(number, x, place, attention)
+        if changed is not None:
+            x, kept = changed
+            position, place = position[kept], place[kept]
+            position = torch.arange(len(x)) if reindex else position
         a, normed = layer.self_attn, layer.input_layernorm(x)[None]
         q, k, v = (f(normed).unflatten(2, (-1, a.head_dim)).transpose(1, 2) for f in (a.q_proj, a.k_proj, a.v_proj))
         if hasattr(a, "q_norm"):

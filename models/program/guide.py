@@ -1,0 +1,177 @@
+"""A guide: another pass, of a smaller model or of the model itself, that says which visual tokens matter.
+
+Source: "A Stitch in Time Saves Nine: Small VLM is a Precise Guidance for Accelerating Large VLMs" (SGL, CVPR 2025).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from vlm.models.errors import ModelError
+from vlm.models.program.attach import attach
+from vlm.models.program.budget import Budget
+from vlm.models.program.layout import compact
+from vlm.models.program.observe import observe
+from vlm.models.program.program import LLM_IN, cut
+from vlm.models.program.select import top_by
+from vlm.models.program.signals import Attention, Given
+
+
+@dataclass(frozen=True, eq=False)
+class Guide:
+    """Who guides: ``self``, the pruned model in a pass without the program, or a second model (a
+    :class:`~vlm.models.base.BaseVlm`) that takes the same inputs and makes as many visual tokens of them.
+
+    A recipe can only say ``self``: a second model needs prompts and pixels of its own processor, so it is given in
+    Python, ``Guide(load_pretrained(folder))``, beside a model of the same family.
+    """
+
+    model: Any = None
+
+    @classmethod
+    def parse(cls, value: Any) -> "Guide":
+        """Read a recipe value. Raises ValueError for anything but ``self``."""
+        if isinstance(value, Guide):
+            return value
+        if value != "self":
+            raise ValueError(f"expected self (a second model can be given in Python only); found {value!r}")
+        return SELF
+
+    def __str__(self) -> str:
+        return "self" if self.model is None else type(self.model).__name__
+
+
+SELF = Guide()
+
+
+class _Mass:
+    """Adds up the attention that visual tokens get, over layers and heads."""
+
+    def __init__(self, last_visual: bool) -> None:
+        self.last_visual = last_visual
+        self.total: Float[Tensor, "batch visual"] | None = None
+        self.weight: Float[Tensor, " batch"] | None = None  # of the rows of a generated token; None in the prompt
+
+    def __call__(self, layer: int, seen: Attention) -> None:
+        assert seen.layout is not None
+        if self.weight is None:
+            rows = seen.places("text")
+            if self.last_visual:
+                rows = torch.cat([rows, seen.layout.last(seen.layout.visual)[:, None]], 1)
+            got = seen.received(rows)
+        else:
+            last = torch.full_like(self.weight, seen.k.shape[2] - 1, dtype=torch.long)
+            got = seen.received(last[:, None], self.weight[:, None].to(seen.q.dtype))
+        place, valid = compact(seen.layout.visual, "right")
+        mass = got.sum(1).gather(1, place).masked_fill(~valid, 0)
+        self.total = mass if self.total is None else self.total + mass
+
+
+def visual_importance(
+    model: Any,
+    inputs: Any,
+    weights: Float[Tensor, "batch length"] | None = None,
+    *,
+    generated: int = 0,
+    stop: int = -1,
+    last_visual: bool = False,
+) -> Float[Tensor, "batch visual"]:
+    """How much attention each visual token gets from the question and, if asked, from an answer, summed over layers,
+    heads and rows: those of each row in order, padded on the right.
+
+    The question is the text after the last image. generated: tokens of a greedy answer whose rows count too, up to
+    ``stop`` (a token id; -1: none). weights: of a training pass, whose answers then have no say. last_visual: the last
+    visual token's own row counts too, as in the released code, which slices one place too early.
+
+    Raises ModelError when an answer is asked for in a training pass, which has no prompt to continue.
+    """
+    if weights is not None and generated:
+        raise ModelError(f"sgl: in training there is no prompt to continue; expected generated 0, found {generated}")
+    mass = _Mass(last_visual)
+    with torch.no_grad(), observe(model, mass):
+        if not generated:
+            model(inputs, weights)
+        else:
+            logits, stream = model.prefill(inputs)
+            mass.weight = torch.ones_like(logits[:, 0])
+            for _ in range(generated):
+                token = logits.argmax(-1)
+                mass.weight = mass.weight * (token != stop)
+                if not bool(mass.weight.any()):
+                    break
+                logits = model.step(stream, token)
+    assert mass.total is not None
+    return mass.total
+
+
+def importance_signal(guide: Guide, **options: Any) -> Given:
+    """:func:`visual_importance` by a guide, as a signal of the model that it guides."""
+
+    def scores(model: Any, inputs: Any, weights: Tensor | None) -> Float[Tensor, "batch visual"]:
+        return visual_importance(model if guide.model is None else guide.model, inputs, weights, **options)
+
+    return Given(scores=scores, observes=guide.model is None)
+
+
+class Draft(NamedTuple):
+    """Answers of a small model, and whether they are good enough that no larger one need be asked.
+
+    confidence: geometric mean of the probabilities of its tokens. consistency: the probability of the same answer when
+    only few visual tokens are left. exits: their mean is above the threshold. importance: of the visual tokens, for a
+    larger model that is guided.
+    """
+
+    answers: list[list[int]]
+    confidence: Float[Tensor, " batch"]
+    consistency: Float[Tensor, " batch"]
+    exits: Bool[Tensor, " batch"]
+    importance: Float[Tensor, "batch visual"]
+
+
+@torch.inference_mode()
+def draft(
+    model: Any,
+    inputs: Any,
+    generate: Callable[..., list[list[int]]],
+    *,
+    threshold: float,
+    max_new_tokens: int,
+    stop: int,
+    keep: Budget = Budget(ratio=0.05),
+) -> Draft:
+    """Answer with a small model and judge the answers (SGL's early exit); a recipe does not reach it.
+
+    generate: :func:`vlm.models.program.decode.generate`. keep: visual tokens left for the consistency, the most
+    important ones, before the language model. An answer without a token never exits. Probabilities are those of the
+    answer's tokens, not of the token that ends it. Source: SGL (CVPR 2025), section 3.3.
+    """
+    answers = generate(model, inputs, max_new_tokens=max_new_tokens, stop=stop)
+    length = torch.tensor([len(answer) for answer in answers], device=inputs.tokens.device)
+    importance = visual_importance(model, inputs, generated=int(length.max()), stop=stop)
+    confidence = (log_likelihood(model, inputs, answers) / length.clamp_min(1)).exp()
+    given = Given(scores=lambda model, inputs, weights: importance)
+    with attach(model, cut(model.facts, LLM_IN, keep, top_by(given), "keep")):
+        consistency = log_likelihood(model, inputs, answers).exp()
+    exits = ((confidence + consistency) / 2 > threshold) & (length > 0)
+    return Draft(answers, confidence, consistency, exits, importance)
+
+
+@torch.inference_mode()
+def log_likelihood(model: Any, inputs: Any, answers: list[list[int]]) -> Float[Tensor, " batch"]:
+    """Log probability of each answer after its prompt, under whatever program is attached; 0 of an empty one."""
+    logits, stream = model.prefill(inputs)
+    device = logits.device
+    total = torch.zeros(len(answers), device=device, dtype=torch.promote_types(logits.dtype, torch.float32))
+    longest = max(map(len, answers), default=0)
+    for step in range(longest):
+        token: Int[Tensor, " batch"] = torch.tensor([a[step] if step < len(a) else 0 for a in answers], device=device)
+        real = torch.tensor([step < len(answer) for answer in answers], device=device)
+        likely = logits.to(total.dtype).log_softmax(-1).gather(1, token[:, None])[:, 0]
+        total = total + torch.where(real, likely, 0)
+        if step < longest - 1:
+            logits = model.step(stream, token)
+    return total
