@@ -87,9 +87,14 @@ class BaseVlm(nn.Module):
         return {role: (role,) for role in ROLES}
 
     @property
+    def idle(self) -> Sequence[str]:
+        """Where weights lie that no pass reads, such as encoder blocks after the one whose features are taken."""
+        return ()
+
+    @property
     def parts(self) -> Mapping[str, Role]:
         """What plays each role, for whoever trains, freezes or adapts it."""
-        return split(self, self.places)
+        return split(self, self.places, self.idle)
 
     @property
     def refuses(self) -> Mapping[str, str]:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlm.models.errors import ModelError
 from vlm.models.program.layout import Layout
@@ -69,6 +69,11 @@ class Family:
     def tower(self) -> Tower | None:
         """The vision encoder for programs, in families whose projector works token by token; else None."""
         return None
+
+    @property
+    def idle(self) -> Sequence[str]:
+        """Where weights lie in the model that no pass reads."""
+        return ()
 
     def views(self, media: Mapping[str, Tensor]) -> Views | None:
         """What the pictures that go through :attr:`tower` are; None where each is an image of its own."""
@@ -155,6 +160,21 @@ def plain_tower(model: Any) -> Tower | None:
         return None
     inner = model.model
     return Tower(inner.vision_tower, inner.multi_modal_projector, vision, config.vision_feature_layer)
+
+
+def after_features(model: Any) -> list[str]:
+    """Names of what a LLaVA-like model never reads of its vision encoder: whatever comes after the block whose features
+    are taken."""
+    tower, depth = model.model.vision_tower, model.config.vision_config.num_hidden_layers
+    layer = model.config.vision_feature_layer
+    last = max(entry % (depth + 1) for entry in ([layer] if isinstance(layer, int) else layer))
+    found = []
+    for name, module in tower.named_modules(prefix="model.vision_tower"):
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            found += [f"{name}.{number}" for number in range(last, depth)]
+        elif name.rpartition(".")[2] in ("post_layernorm", "head"):
+            found.append(name)
+    return found
 
 
 def find_family(model_type: str) -> type[Family]:

@@ -33,7 +33,8 @@ def adapters(part: Role) -> list[tuple[str, nn.Parameter]]:
 
 
 def linear_layers(part: Role, head: nn.Module | None) -> list[str]:
-    """Names of the part's linear layers that an adapter can stand on: all but the head that makes logits.
+    """Names of the part's linear layers that an adapter can stand on: all that a pass reads but the head that makes
+    logits.
 
     The output projection of torch's own multi-head attention is none: torch reads its weight and never calls it.
     """
@@ -41,7 +42,7 @@ def linear_layers(part: Role, head: nn.Module | None) -> list[str]:
     return [
         name
         for name, module in part.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and id(module) not in inside
+        if isinstance(module, nn.Linear) and module is not head and id(module) not in inside and not part.is_idle(name)
     ]
 
 

@@ -88,6 +88,10 @@ class PretrainedVlm(BaseVlm):
         return {role: [f"model.{place}" for place in places] for role, places in self.family.places.items()}
 
     @property
+    def idle(self) -> Sequence[str]:
+        return [f"model.{place}" for place in self.family.idle]
+
+    @property
     def vision(self) -> Tower | None:
         """The vision encoder where programs can see it."""
         return self.family.tower

@@ -13,12 +13,13 @@ class Role(NamedTuple):
 
     A weight belongs to the role with the longest place that begins its name: in Qwen2.5-VL the connector
     ``visual.merger`` lies inside the vision encoder ``visual``. places: where the role's modules (or lone parameters)
-    lie in ``root``; others: where those of the other roles do.
+    lie in ``root``; others: where those of the other roles do; idle: where weights lie that no pass reads.
     """
 
     root: nn.Module
     places: tuple[str, ...]
     others: tuple[str, ...]
+    idle: tuple[str, ...] = ()
 
     def owns(self, name: str) -> bool:
         """Whether the weight or module of that dotted name belongs to this role."""
@@ -34,9 +35,14 @@ class Role(NamedTuple):
     def named_modules(self) -> list[tuple[str, nn.Module]]:
         return [(name, module) for name, module in self.root.named_modules() if self.owns(name)]
 
+    def is_idle(self, name: str) -> bool:
+        """Whether no pass reads the weight or module of that name, so that it can get no gradient."""
+        return _longest(name, self.idle) >= 0
+
     def requires_grad_(self, wanted: bool) -> None:
-        for parameter in self.parameters():
-            parameter.requires_grad_(wanted)
+        """Whether the part is trained; what no pass reads never is, because ranks would wait for its gradient."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(wanted and not self.is_idle(name))
 
     def train(self, mode: bool) -> None:
         """Training or evaluation mode (dropout, batch statistics) of these modules and no others."""
@@ -44,12 +50,13 @@ class Role(NamedTuple):
             module.training = mode
 
 
-def split(root: nn.Module, places: Mapping[str, Sequence[str]]) -> dict[str, Role]:
-    """What plays each role in ``root``, from the dotted places of each."""
-    return {
-        role: Role(root, tuple(own), tuple(place for name, other in places.items() if name != role for place in other))
-        for role, own in places.items()
-    }
+def split(root: nn.Module, places: Mapping[str, Sequence[str]], idle: Sequence[str] = ()) -> dict[str, Role]:
+    """What plays each role in ``root``, from the dotted places of each and of the weights that no pass reads."""
+    parts = {}
+    for role, own in places.items():
+        others = (place for name, other in places.items() if name != role for place in other)
+        parts[role] = Role(root, tuple(own), tuple(others), tuple(idle))
+    return parts
 
 
 def _longest(name: str, places: Sequence[str]) -> int:

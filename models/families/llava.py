@@ -1,11 +1,11 @@
 """LLaVA-1.5: a fixed grid of tokens for every image."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from torch import Tensor
 
-from vlm.models.family import Family, Picture, plain_tower, raster
+from vlm.models.family import Family, Picture, after_features, plain_tower, raster
 from vlm.models.tower import PLAIN, Tower, has_class_token
 
 
@@ -25,6 +25,10 @@ class Llava(Family):
     @property
     def tower(self) -> Tower | None:
         return plain_tower(self.model)
+
+    @property
+    def idle(self) -> Sequence[str]:
+        return after_features(self.model)
 
     def pictures(self, media: Mapping[str, Tensor]) -> list[Picture]:
         pixels = media["pixel_values"]  # [N,3,H,W]

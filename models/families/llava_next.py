@@ -8,7 +8,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from vlm.models.family import Family, Picture, plain_tower
+from vlm.models.family import Family, Picture, after_features, plain_tower
 from vlm.models.tower import Tower, Views
 
 
@@ -29,6 +29,10 @@ class LlavaNext(Family):
     @property
     def tower(self) -> Tower | None:
         return plain_tower(self.model)
+
+    @property
+    def idle(self) -> Sequence[str]:
+        return after_features(self.model)
 
     def pictures(self, media: Mapping[str, Tensor]) -> list[Picture]:
         pixels, sizes = media["pixel_values"], media["image_sizes"]  # [N,P,3,H,W], [N,2]

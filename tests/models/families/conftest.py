@@ -4,7 +4,10 @@ A family's test file gives its config and its processor; ``check`` runs once for
 is Transformers: its forward pass, its ``generate``, and for a cut its own layers on what was kept.
 """
 
+import inspect
+import io
 from collections.abc import Callable, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +19,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, CLIPVisionConfig, PreTrainedTokenizerFast, SiglipVisionConfig
 
+from vlm.data.draw import Draw
+from vlm.data.schema import Message, Part, Sample
 from vlm.models.errors import ModelError
 from vlm.models.pretrained import PretrainedVlm, load_pretrained
 from vlm.models.program.attach import attach
@@ -26,6 +31,7 @@ from vlm.models.program.select import even_stride
 from vlm.models.pruners.divprune import Divprune
 from vlm.models.pruners.fastv import Fastv
 from vlm.models.pruners.random import Random
+from vlm.processed import CollateProcessed, ProcessorEncoder
 
 # every letter is a word, # an image; different lengths, 0 to 2 images
 ROWS = ("ab#c", "de", "#fghij#k")
@@ -314,7 +320,96 @@ def visual_tokens_are_known_where_they_are_fixed(case: Case) -> None:
     assert len(counts) == 1 or case.ours.visual_tokens is None
 
 
+def every_trained_weight_gets_a_gradient(case: Case) -> None:
+    """Whatever may train is read in every pass, or ranks would wait for its gradient; the others are named idle."""
+    model = case.ours.train()
+    try:
+        for rows in (["ab#cde"], ["abc"]) if not case.needs_images else (["ab#cde"],):
+            inputs = model.inputs(case.batch(rows))
+            model(inputs, torch.ones(inputs.tokens.shape)).loss.backward()
+            missing = {name for name, p in model.named_parameters() if p.grad is None}
+            parts = model.parts.values()
+            assert missing == {name for part in parts for name, _ in part.named_parameters() if part.is_idle(name)}
+            model.zero_grad(set_to_none=True)
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.eval()
+
+
+# u and a begin turns; an answer has no end of its own, so the tokenizer's end token is put after it
+TURNS = (
+    "{% for m in messages %}{{ m.role[0] }} {% for c in m.content %}{% if c.type == 'image' %}PLACEHOLDER {% else %}"
+    "{{ c.text }} {% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}a {% endif %}"
+)
+SAMPLES = ("b#c/de/fg/h", "d/ef", "#bc#/d", "k#/lm")  # question/answer/question/answer; different image sizes
+
+
+def samples_become_what_the_processor_makes_of_their_text(case: Case) -> None:
+    """Encoded one by one and put together, they are the processor's own batch of texts written by hand."""
+    processor = copy(case.processor)
+    suffix = "suffix" in inspect.signature(type(processor).__call__).parameters
+    rows = [row for row in SAMPLES if not suffix or (row.count("/") == 1 and "#" in row)]
+    if not suffix:
+        processor.chat_template = TURNS.replace("PLACEHOLDER", case.placeholder)
+    image = case.ours.family.image_token
+    encoder = ProcessorEncoder(processor, image, (2,))
+    collate = CollateProcessed(0, image)
+    batch = collate([encoder(sample_of(row, n), Draw(n, 0, 0)) for n, row in enumerate(rows)])
+    images = [[noise(n + 7 * i) for i in range(row.count("#"))] for n, row in enumerate(rows)]
+    texts = []
+    for row in rows:
+        turns = [" ".join(case.placeholder if mark == "#" else mark for mark in turn) for turn in row.split("/")]
+        texts.append("".join(f"a {t}<eos>" if n % 2 else f"u {t} " for n, t in enumerate(turns)))
+        if suffix:
+            texts[-1] = turns[0]
+    options: Any = {"padding": True, "padding_side": "right", "return_tensors": "pt"}
+    if suffix:
+        options["suffix"] = [" ".join(row.split("/")[1]) for row in rows]
+    expected = processor(text=texts, images=images, **options)
+    real = expected["attention_mask"].bool()
+    assert torch.equal(batch.inputs().valid, real)
+    assert torch.equal(batch.tokens[real], expected["input_ids"][real])
+    theirs = case.ours.inputs({n: v for n, v in expected.items() if n != "labels"})
+    assert torch.equal(batch.visual, theirs.visual)
+    assert batch.media.keys() == theirs.media.keys()
+    for name, value in theirs.media.items():  # a batch of theirs may have room for images that a row does not have
+        assert torch.equal(batch.media[name].flatten()[: value.numel()].sum(), value.flatten().sum()), name
+    if theirs.types is not None:
+        assert batch.types is not None and torch.equal(batch.types[real], theirs.types[real])
+    plain, mine = case.ours(theirs).hidden[real], case.ours(batch.inputs()).hidden[real]
+    torch.testing.assert_close(mine, plain, rtol=0, atol=1e-5)
+    names = processor.tokenizer.convert_ids_to_tokens
+    for number, row in enumerate(rows):
+        learned = names(batch.tokens[number][batch.weights[number] > 0].tolist())
+        answers = [[*turn, "<eos>"] for turn in row.split("/")[1::2]]
+        assert learned == [word for answer in answers for word in answer]
+        assert set(batch.weights[number].tolist()) <= {0.0, 1.0}
+
+
+def sample_of(row: str, first: int) -> Sample:
+    """Turns separated by /, user first; # is the next image."""
+    media: list[bytes] = []
+    messages = []
+    for number, turn in enumerate(row.split("/")):
+        parts, text = [], ""
+        for mark in turn:
+            if mark != "#":
+                text += f"{mark} " if mark != turn[-1] else mark
+                continue
+            parts += [Part("text", text.strip())] if text else []
+            text = ""
+            out = io.BytesIO()
+            noise(first + 7 * len(media)).save(out, "PNG")
+            parts.append(Part("image", ref=len(media)))
+            media.append(out.getvalue())
+        parts += [Part("text", text.strip())] if text else []
+        messages.append(Message("assistant" if number % 2 else "user", tuple(parts)))
+    return Sample(f"row/{first}", tuple(messages), tuple(media), ("png",) * len(media))
+
+
 CHECKS = [
+    samples_become_what_the_processor_makes_of_their_text,
+    every_trained_weight_gets_a_gradient,
     every_weight_has_one_role,
     visual_tokens_are_known_where_they_are_fixed,
     logits_are_equal,
@@ -329,12 +424,17 @@ CHECKS = [
 ]
 
 
+WITH_GRADIENT = (a_blank_image_trains_the_vision_path, every_trained_weight_gets_a_gradient)
+
+
 @pytest.fixture(params=CHECKS, ids=lambda check: check.__name__)
 def check(request: pytest.FixtureRequest) -> Callable[[Case], None]:
     """Each of the checks in turn."""
 
     def run(case: Case) -> None:
-        with torch.set_grad_enabled(request.param is a_blank_image_trains_the_vision_path):
+        with torch.set_grad_enabled(
+            request.param in (a_blank_image_trains_the_vision_path, every_trained_weight_gets_a_gradient)
+        ):
             request.param(case)
 
     return run
