@@ -38,8 +38,8 @@ def prompt_cost(model: BaseVlm, inputs: Any) -> dict[str, Any]:
     """Mean cost of a prompt of ``inputs`` under the attached program, summed over its decode streams.
 
     ``kv_bytes_per_prompt`` counts entries that are held after the prompt, or after the first generated token where
-    the program evicts only then. ``kv_bytes_allocated`` is the size of the cache tensors, to which rows and heads that
-    hold fewer entries are padded.
+    a policy of decoding steps then holds fewer. ``kv_bytes_allocated`` is the size of the cache's tensors, in which
+    shorter prompts of the batch are padded.
     """
     shape = model.facts.shape
     assert shape is not None  # every model of ours tells it
@@ -48,8 +48,8 @@ def prompt_cost(model: BaseVlm, inputs: Any) -> dict[str, Any]:
     if model.engine is not None and model.engine.evict_step is not None:
         for name, stream in streams.items():
             model.step(stream, logits[name].argmax(-1))
-            held = [entries - 1 for entries in stream.run.cached_tokens(shape.layers)]  # without the new token
-            reports[name] = replace(reports[name], held=tuple(held), kv_bytes=sum(map(shape.kv_bytes, held)))
+            held = tuple(map(min, reports[name].held, stream.run.cached_tokens(shape.layers)))
+            reports[name] = replace(reports[name], held=held, kv_bytes=sum(map(shape.kv_bytes, held)))
     tensors = [t for s in streams.values() for layer in s.cache.layers for t in _states(layer)]
     main = reports["main"]
     return {
