@@ -81,7 +81,8 @@ def test_the_recipe_that_the_mistakes_are_made_in_is_good():
         ("{hf: some/llm}", "{use: hf}", "x.yaml:6: model.language uses 'hf' and so needs 'name'"),
         ("{hf: some/llm}", "{use: confg, name: x}",
          "x.yaml:6: model.language.use must be 'hf' or 'config', found 'confg'; did you mean 'config'?"),
-        ("  connector: {kind: mlp, depth: 2}\n", "", "x.yaml:3: model.connector is missing"),
+        ("  connector: {kind: mlp, depth: 2}\n", "",
+         "x.yaml:3: model.connector is missing; a model has vision, connector and language, or is `from` a checkpoint"),
         ("global_batch: 32", "global_batch: 32\n  micro_batch: 5",
          "x.yaml:17: run.micro_batch is 5, which does not divide global_batch / devices = 32; "
          "legal: 1, 2, 4, 8, 16, 32"),
@@ -122,6 +123,38 @@ def test_the_recipe_that_the_mistakes_are_made_in_is_good():
 def test_a_mistake_in_the_file(right: str, wrong: str, expected: str):
     assert right in GOOD
     assert message(GOOD.replace(right, wrong)) == expected
+
+
+FROM = """\
+name: x
+model: {from: some/vlm}
+data: {sources: {caps: {shards: caps}}}
+stages:
+  - one: {mix: {caps: 1}, steps: 3, train: {language: {lora: 8, lr: 1e-4}}}
+  - two: {mix: {caps: 1}, steps: 3, train: {language: {lora: 8, lr: 1e-4}, vision: {lr: 1e-5}}}
+"""
+BESIDE = "stands beside model.from, which brings its own; set it to null or leave it out"
+
+
+@pytest.mark.parametrize(
+    "override, expected",
+    [
+        ("model.vision=conv_vit", f"model.vision {BESIDE}"),
+        ("model.language={hf: x}", f"model.language {BESIDE}"),
+        ("model.template=vicuna", f"model.template {BESIDE}"),
+        ("model.image.tiling=anyres", f"model.image {BESIDE}"),
+        ("model.from=[a]", "model.from must be a mapping, found a list"),
+        ("model.from={timm: x}", "model.from.use must be 'hf', found 'timm'"),
+        ("stages.0.train.language.lora=0", "stages.0.train.language.lora must be at least 1, found 0"),
+        ("stages.0.train.language.dropout=1", "stages.0.train.language.dropout must be below 1, found 1"),
+        ("stages.1.train.vision.alpha=4",
+         "stages.1.train.vision.alpha is of an adapter; give its rank with lora"),
+        ("stages.1.train.language.lora=4",
+         "stages.1.train.language.lora is another adapter than that of stage one; lora, alpha and dropout must agree"),
+    ],
+)  # fmt: skip
+def test_a_mistake_about_a_whole_model_or_adapters(override: str, expected: str):
+    assert message(FROM, override) == f"override {override}: {expected}"
 
 
 @pytest.mark.parametrize(

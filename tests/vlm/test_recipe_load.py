@@ -295,3 +295,30 @@ def test_the_text_is_not_what_pyyaml_would_guess():
     guessed = yaml.safe_load("{a: 2e-6, b: on, c: 1:30, d: 012}")
     assert guessed == {"a": "2e-6", "b": True, "c": 90, "d": 10}
     assert parse("{a: 2e-6, b: on, c: 1:30, d: 012}", "x") == {"a": "2e-6", "b": "on", "c": "1:30", "d": "012"}
+
+
+FROM = "name: x\nmodel: {from: some/vlm}\ndata: {sources: {a: {shards: b}}}\n"
+
+
+def test_a_whole_model_in_every_spelling(tmp_path):
+    path = tmp_path / "x.yaml"
+    recipes = []
+    for spelling in ("some/vlm", "{hf: some/vlm}", "{use: hf, name: some/vlm}"):
+        path.write_text(FROM.replace("some/vlm", spelling))
+        recipes.append(load_recipe(path))
+    path.write_text(recipes[0].to_yaml())
+    assert len({recipe.hash() for recipe in (*recipes, load_recipe(path))}) == 1
+    assert recipes[0].model.origin is not None and recipes[0].model.origin.name == "some/vlm"
+    assert recipes[0].stages == () and recipes[0].model.template is None
+    for override in ("model.from=other", "model.from.hf=other", "model.from.name=other", "model={from: other}"):
+        assert load_recipe(path, [override]).model.origin.name == "other"
+
+
+def test_an_adapter_has_twice_its_rank_as_alpha(tmp_path):
+    path = tmp_path / "x.yaml"
+    train = "{language: {lora: 8, lr: 1}, vision: {lr: 1}}"
+    path.write_text(f"{FROM}stages: [{{s: {{mix: {{a: 1}}, steps: 1, train: {train}}}}}]")
+    found = load_recipe(path).stages[0].train
+    assert (found["language"].adapter, found["vision"].adapter) == ((8, 16.0, 0.0), None)
+    given = load_recipe(path, ["stages.0.train.language={lora: 8, lr: 1, alpha: 4, dropout: 0.05}"]).stages[0].train
+    assert given["language"].adapter == (8, 4.0, 0.05)

@@ -89,13 +89,45 @@ class Image(Section):
         return self.max_tiles if self.tiling == "anyres" else 0
 
 
+class Pretrained(Section):
+    """A whole vision-language model of Hugging Face: a hub name or a folder."""
+
+    use: Literal["hf"]
+    name: Str
+
+
 class Model(Section):
-    vision: Method
-    connector: Method
-    language: Language
+    """Vision encoder, connector and language model; or all of them ``from`` one checkpoint, with its own processor and
+    chat template."""
+
+    origin: Pretrained | None = Field(default=None, alias="from")
+    vision: Method | None = None
+    connector: Method | None = None
+    language: Language | None = None
     image: Image = Image()
-    template: Str = "plain"
+    template: Str | None = None
     max_tokens: AtLeastOne | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _template(cls, data: Any) -> Any:
+        """A composed model writes its turns ``plain`` unless told otherwise; a checkpoint brings a template."""
+        composed = isinstance(data, Mapping) and data.get("from") is None and data.get("template") is None
+        return {**data, "template": "plain"} if composed else data
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        parts = {"vision": self.vision, "connector": self.connector, "language": self.language}
+        if self.origin is None:
+            if missing := [role for role, part in parts.items() if part is None]:
+                other = "a model has vision, connector and language, or is `from` a checkpoint"
+                raise problem(f"is missing; {other}", missing[0])
+            return self
+        own = {"template": self.template, "image": self.image if self.image.tiles else None}
+        for key, given in (parts | own).items():
+            if given is not None:
+                raise problem("stands beside model.from, which brings its own; set it to null or leave it out", key)
+        return self
 
 
 class Source(Section):
@@ -118,10 +150,25 @@ class Data(Section):
 
 
 class Training(Section):
-    """How one part of the model is trained in one stage."""
+    """How one part of the model is trained in one stage: its weights, or with ``lora`` adapters of that rank."""
 
     lr: Positive
     weight_decay: Annotated[Float, Field(ge=0)] = 0.0
+    lora: AtLeastOne | None = None
+    alpha: Positive | None = None
+    dropout: Annotated[Float, Field(ge=0, lt=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _adapters(self) -> Self:
+        if self.lora is None and (self.alpha is not None or self.dropout):
+            key = "dropout" if self.alpha is None else "alpha"
+            raise problem("is of an adapter; give its rank with lora", key)
+        return self
+
+    @property
+    def adapter(self) -> tuple[int, float, float] | None:
+        """Rank, alpha (twice the rank unless given, as LLaVA has it) and dropout; None: the weights train."""
+        return None if self.lora is None else (self.lora, self.alpha or 2.0 * self.lora, self.dropout)
 
 
 class Schedule(Section):
@@ -218,7 +265,7 @@ class Run(Section):
 
 
 class Recipe(Section):
-    """A whole recipe: everything that determines a run."""
+    """A whole recipe: everything that determines a run. Without stages a model ``from`` a checkpoint is evaluated."""
 
     recipe: Annotated[Literal[1], BeforeValidator(units.parse_int)] = 1
     name: Name
@@ -228,7 +275,7 @@ class Recipe(Section):
     kv: Method | None = None
     mitigate: Annotated[tuple[Method, ...], OneOrMore] = ()
     data: Data = Data()
-    stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
+    stages: tuple[Stage, ...] = ()
     evaluate: Evaluate = Evaluate()
     run: Run
 
@@ -244,6 +291,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if not self.stages and self.model.origin is None:
+            given = "stages" in self.model_fields_set
+            raise problem("is empty; give at least one" if given else "is missing", "stages")
+        self._check_adapters()
         names: list[str] = []
         for index, stage in enumerate(self.stages):
             if stage.name in names:
@@ -257,6 +308,18 @@ class Recipe(Section):
             raise problem(f"is single, but run.devices is {self.run.devices}; use ddp", "run", "parallel")
         return self
 
+    def _check_adapters(self) -> None:
+        """A part has one adapter, which every stage that trains it with lora goes on with."""
+        first: dict[str, Stage] = {}
+        for index, stage in enumerate(self.stages):
+            for role, training in stage.train.items():
+                if training.adapter is None:
+                    continue
+                before = first.setdefault(role, stage)
+                if before.train[role].adapter != training.adapter:
+                    message = f"is another adapter than that of stage {before.name}; lora, alpha and dropout must agree"
+                    raise problem(message, "stages", index, "train", role, "lora")
+
     @property
     def comparisons(self) -> tuple[Comparison, ...]:
         """The rows of the evaluation: those of ``evaluate.compare``, or the recipe's own methods."""
@@ -269,8 +332,8 @@ class Recipe(Section):
 
     def methods(self) -> Iterator[tuple[str, Method]]:
         """Every method that the recipe names, with its kind (see ``vlm.create``)."""
-        yield "vision", self.model.vision
-        yield "connector", self.model.connector
+        yield from (("vision", vision) for vision in [self.model.vision] if vision)
+        yield from (("connector", connector) for connector in [self.model.connector] if connector)
         yield from (("objective", stage.objective) for stage in self.stages)
         yield from (("make", make) for make in [self.data.make] if make)
         yield from (("benchmark", method) for method in self.evaluate.benchmarks.values())

@@ -6,6 +6,7 @@
     {timm: NAME, ...}, {hf: NAME}     {use: timm, name: NAME, ...}           under model, and in model.vision.parts
                                       (a vision encoder of hf is {use: huggingface, ...})
     language: {config: {...}}         {use: config, config: {...}}
+    from: NAME                        {use: hf, name: NAME}                  under model
     benchmarks: {chair: {...}}        {chair: {use: chair, ...}}
 
 Done to every file before it is merged and again after every override, so that ``stages.0.steps`` and
@@ -96,8 +97,10 @@ def _benchmark(value: Tree, label: str) -> Tree:
 
 def _part(value: Tree, key: str) -> Tree:
     """A part of the model: ``timm:`` and ``hf:`` name a library and a model in it, ``config:`` a language model."""
-    if key not in ("vision", "connector", "language"):
+    if key not in ("from", "vision", "connector", "language"):
         return value
+    if key == "from" and isinstance(value, str):
+        return {Text("use", _place(value)): Text("hf", _place(value)), Text("name", _place(value)): value}
     if not isinstance(value, dict):
         return _method(value, "")
     names = {name: name for name in value}
