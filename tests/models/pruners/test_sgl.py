@@ -1,0 +1,186 @@
+"""SGL: a guide's attention in dense matrices, from the model itself or a second one, and the early exit."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vlm.models.errors import ModelError
+from vlm.models.mitigators.var import Var
+from vlm.models.program.attach import attach
+from vlm.models.program.budget import Budget
+from vlm.models.program.decode import generate
+from vlm.models.program.guide import Guide, draft, log_likelihood, visual_importance
+from vlm.models.program.observe import observe
+from vlm.models.program.program import VIT_OUT, Select, llm_before
+from vlm.models.program.select import attention_from_last_row, even_stride
+from vlm.models.pruners.sgl import Sgl
+
+
+def importance(by_hand: Any, model: Any, x: Tensor, image_of: Tensor, rows: list[int]) -> Tensor:
+    """Attention of each visual token from ``rows``, summed over all layers and heads."""
+    visual, total = torch.nonzero(image_of >= 0).flatten(), []
+
+    def edit(number: int, x: Tensor, place: Tensor, attention: Tensor) -> Tensor:
+        total.append(attention[:, rows].sum((0, 1))[visual])
+        return attention
+
+    by_hand(model, x, edit=edit)
+    return torch.stack(total).sum(0)
+
+
+def top_cut(image_of: Tensor, score: Tensor, layer: int, keep: int) -> Any:
+    visual = torch.nonzero(image_of >= 0).flatten()
+    kept = visual[score.argsort(descending=True, stable=True)[:keep]]
+    rows = torch.cat([kept, torch.nonzero(image_of < 0).flatten()]).sort().values
+    return lambda number, place, attention: rows if number == layer else None
+
+
+def question(image_of: Tensor) -> list[int]:
+    return list(range(int(torch.nonzero(image_of >= 0).max()) + 1, len(image_of)))
+
+
+@pytest.mark.parametrize("guided_by", ["self", "a second model"])
+@pytest.mark.parametrize("last_visual", [False, True])
+def test_sgl_equals_the_dense_procedure(make_model, batch, spliced, by_hand, guided_by, last_visual):
+    model, inputs = make_model(), batch("tt#ttt", "t#t#t")
+    small = make_model(layers=2) if guided_by != "self" else None
+    method = Sgl(Budget.parse("25%"), 2, Guide(small), last_visual=last_visual)
+    with torch.no_grad(), attach(model, method.program(model.facts)):
+        out, (logits, _) = model(inputs), model.prefill(inputs)
+        for b in range(2):
+            x, image_of, _ = spliced(model, inputs, b)
+            rows = question(image_of)
+            rows = [rows[0] - 1, *rows] if last_visual else rows
+            guide = small or model
+            score = importance(by_hand, guide, spliced(guide, inputs, b)[0], image_of, rows)
+            expected = by_hand(model, x, cut=top_cut(image_of, score, 2, len(score) // 4))
+            got = model.logits(out.hidden[b][out.layout.valid[b]])
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-9)
+            torch.testing.assert_close(logits[b], expected[-1], rtol=0, atol=1e-9)
+    assert small is None or small.engine is None
+
+
+def test_the_answer_s_rows_count_up_to_its_end(make_model, batch, spliced, by_hand):
+    model, inputs = make_model(), batch("tt#ttt", "t#t#tttt")
+    free = generate(model, inputs, max_new_tokens=5, stop=99)
+    stop = free[0][2]
+    answers = generate(model, inputs, max_new_tokens=5, stop=stop)
+    assert len(answers[0]) < len(answers[1])
+    with torch.no_grad():
+        found = visual_importance(model, inputs, generated=5, stop=stop)
+        for b in range(2):
+            x, image_of, _ = spliced(model, inputs, b)
+            written = model.language.get_input_embeddings()(torch.tensor(answers[b], dtype=torch.long))
+            longer = torch.cat([image_of, torch.full((len(answers[b]),), -1)])
+            expected = importance(by_hand, model, torch.cat([x, written]), longer, question(longer))
+            torch.testing.assert_close(found[b][: len(expected)], expected, rtol=0, atol=1e-9)
+            assert not found[b][len(expected) :].any()
+
+
+@pytest.mark.parametrize("others", ["alone", "with VAR", "with a cut in the encoder"])
+def test_a_pass_aside_is_the_bare_model_s_and_leaves_the_program_as_it_was(make_model, batch, others):
+    model, inputs = make_model(class_token=True, blocks=4), batch("tt#ttt", "t#t")
+    bare = visual_importance(model, inputs)
+    assert model.engine is None
+    program = ((llm_before(2), Select(Budget.parse("25%"), attention_from_last_row(1))),)
+    if others == "with VAR":
+        program = (*program, *Var(tau=1.5, taken=0.9, image_min=0.0, rho=0.0).program(model.facts))
+    if others == "with a cut in the encoder":
+        program = ((VIT_OUT, Select(Budget.parse("50%"), even_stride())), *program)
+    with torch.no_grad(), attach(model, program):
+        before = model(inputs)
+        assert torch.equal(visual_importance(model, inputs), bare)
+        with pytest.raises(KeyError), observe(model, lambda layer, seen: None):
+            raise KeyError
+        after = model(inputs)
+    assert torch.equal(after.hidden, before.hidden)
+    assert torch.equal(after.layout.col, before.layout.col)
+
+
+def test_an_answer_that_is_learned_has_no_say(make_model, batch):
+    model, inputs = make_model(), batch("tt#tttttt")
+    other = inputs._replace(tokens=inputs.tokens.clone())
+    other.tokens[0, 6:] = (inputs.tokens[0, 6:] + 7) % 40
+    weights = torch.tensor([[0.0] * 6 + [1.0] * 3])
+    prompt = inputs._replace(tokens=inputs.tokens[:, :6], valid=inputs.valid[:, :6])
+    scores = [visual_importance(model, *given) for given in ((inputs, weights), (other, weights), (prompt, None))]
+    torch.testing.assert_close(scores[0], scores[1], rtol=0, atol=1e-12)
+    torch.testing.assert_close(scores[0], scores[2], rtol=0, atol=1e-12)
+    with attach(model, Sgl(Budget.parse(9)).program(model.facts)):
+        trained, asked = model(inputs, weights).layout, model.prefill(prompt)[1].run.last
+    assert torch.equal(trained.col[trained.visual], asked.col[asked.visual])
+    with pytest.raises(ModelError, match="expected generated 0, found 4"):
+        visual_importance(model, inputs, weights, generated=4)
+
+
+def test_gradients_do_not_go_through_the_guide_and_survive_checkpointing(make_model, batch, spliced, by_hand):
+    model, inputs = make_model().train(), batch("tt#ttt")
+    weights = torch.tensor([[0.0, 0.0, 0.0, 0.0, 1.0, 0.5]])
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.language.gradient_checkpointing_enable({"use_reentrant": False})
+        with attach(model, Sgl(Budget.parse(9), 2).program(model.facts)):
+            model(inputs, weights).loss.backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        model.zero_grad()
+    x, image_of, token_of = spliced(model, inputs)
+    with torch.no_grad():
+        score = importance(by_hand, model, x, image_of, question(image_of)[:-2])
+    log_p = by_hand(model, x, cut=top_cut(image_of, score, 2, 9)).log_softmax(-1)
+    (-log_p[-3, token_of[-2]] - 0.5 * log_p[-2, token_of[-1]]).backward()
+    for name, p in model.named_parameters():
+        scale = p.grad.abs().max().item()
+        torch.testing.assert_close(found[0][name], p.grad, rtol=0, atol=1e-5 * scale, msg=name)
+        torch.testing.assert_close(found[1][name], found[0][name], rtol=1e-6, atol=1e-9, msg=name)
+
+
+def test_a_guide_with_other_tokens_is_refused(make_model, batch):
+    model, small, inputs = make_model(), make_model(shuffle=2), batch("tt#ttt")
+    program = Sgl(Budget.parse(9), guide=Guide(small)).program(model.facts)
+    message = r"expected scores of \(rows, visual tokens\) \(1, 36\); found \(1, 9\)"
+    with attach(model, program), pytest.raises(ModelError, match=message):
+        model(inputs)
+
+
+def test_a_recipe_can_say_self_only():
+    assert Guide.parse("self").model is None
+    with pytest.raises(ValueError, match=r"expected self .* found 'small-folder'"):
+        Guide.parse("small-folder")
+
+
+def test_the_early_exit_s_scores_are_the_dense_ones(make_model, batch, spliced, by_hand):
+    model, inputs, stop = make_model(), batch("tt#ttt", "t#t#tttt"), 99
+    found = draft(model, inputs, generate, threshold=0.0, max_new_tokens=4, stop=stop, keep=Budget.parse(3))
+    assert found.answers == generate(model, inputs, max_new_tokens=4, stop=stop)
+    with torch.no_grad():
+        for b in range(2):
+            answer = found.answers[b]
+            x, image_of, _ = spliced(model, inputs, b)
+            x = torch.cat([x, model.language.get_input_embeddings()(torch.tensor(answer))])
+            longer = torch.cat([image_of, torch.full((len(answer),), -1)])
+            score = importance(by_hand, model, x, longer, question(longer))
+            torch.testing.assert_close(found.importance[b][: len(score)], score, rtol=0, atol=1e-9)
+            rows = range(len(x) - len(answer) - 1, len(x) - 1)
+            full = by_hand(model, x).softmax(-1)[list(rows), answer]
+            assert float(found.confidence[b]) == pytest.approx(float(full.prod()) ** (1 / len(answer)), rel=1e-6)
+            assert torch.equal(full, by_hand(model, x).softmax(-1)[list(rows)].amax(1))
+            few = by_hand(model, x, cut=top_cut(longer, score, 0, 3 * (b + 1))).softmax(-1)
+            few = few[range(len(few) - len(answer) - 1, len(few) - 1), answer]
+            assert float(found.consistency[b]) == pytest.approx(float(few.prod()), rel=1e-6)
+    mean = (found.confidence + found.consistency) / 2
+    between = float(mean.mean())
+    again = draft(model, inputs, generate, threshold=between, max_new_tokens=4, stop=stop, keep=Budget.parse(3))
+    assert again.exits.tolist() == (mean > between).tolist()
+    assert sorted(again.exits.tolist()) == [False, True]
+
+
+def test_an_empty_answer_never_exits(make_model, batch):
+    model, inputs = make_model(), batch("tt#ttt", "t#t#tttt")
+    stop = generate(model, inputs, max_new_tokens=1, stop=99)[0][0]
+    found = draft(model, inputs, generate, threshold=-1.0, max_new_tokens=2, stop=stop)
+    assert found.answers[0] == []
+    assert found.exits.tolist() == [False, True]
+    assert log_likelihood(model, inputs, [[], []]).tolist() == [0, 0]
