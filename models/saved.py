@@ -55,7 +55,8 @@ def save_composed(
     Raises ModelError for a part that cannot be described, or a folder with something else in it.
     """
     place = Path(folder)
-    if place.exists() and any(place.iterdir()) and _read_config(place).get("model_type") != MODEL_TYPE:
+    taken = place.exists() and (not place.is_dir() or any(place.iterdir()))
+    if taken and _read_config(place).get("model_type") != MODEL_TYPE:
         raise ModelError(f"save: {place} holds something else; expected an empty folder or a saved composed model")
     language: Any = model.language
     config = {

@@ -55,3 +55,32 @@ def test_bad_examples_are_named():
         collate([example("a", [1], 1), example("b", [1], 1, size=4)], 0)
     with pytest.raises(DataError, match=r"sample e: expected .*, found 0 and 0"):
         collate([Example("e", [], [], torch.zeros(0, 3, 2, 2))], 0)
+
+
+def tiled(key: str, *tiles: tuple[int, int, int, int]) -> Example:
+    views = [100.0 * n + view for n, (rows, columns, _, _) in enumerate(tiles) for view in range(1 + rows * columns)]
+    pixels = torch.tensor(views)[:, None, None, None].expand(-1, 3, 2, 2)
+    return Example(key, [1, *(-1 for _ in tiles)], [0.0] * (1 + len(tiles)), pixels, tiles=tiles)
+
+
+def test_views_of_an_image_count_as_one_image():
+    one, two = tiled("a", (1, 2, 30, 90)), tiled("b", (0, 0, 5, 5), (2, 1, 90, 30))
+    assert (one.image_count, two.image_count) == (1, 2)
+    batch = collate([one, blank_example(0), two], 0)
+    assert batch.image_owner.tolist() == [0, 2, 2] and batch.images.shape == (7, 3, 2, 2)
+    assert batch.tiles is not None and batch.tiles.tolist() == [[1, 2, 30, 90], [0, 0, 5, 5], [2, 1, 90, 30]]
+    assert batch.whole_images[:, 0, 0, 0].tolist() == [0, 0, 100]
+    moved = batch.to("meta")
+    assert moved.tiles is not None and moved.tiles.device.type == "meta"
+
+
+def test_without_tiles_whole_images_are_the_images():
+    batch = collate([example("a", [1, 2], 2)], 0)
+    assert batch.tiles is None and batch.whole_images is batch.images
+
+
+def test_views_that_are_not_those_of_the_tiles_are_named():
+    short = tiled("a", (1, 2, 30, 90))
+    short.images = short.images[:2]
+    with pytest.raises(DataError, match="sample a: image: expected 3 views for its tiles, found 2"):
+        collate([short], 0)

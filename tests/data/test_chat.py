@@ -208,6 +208,14 @@ def test_images_come_in_reading_order():
     assert red == [200, 0, 200]
 
 
+def test_a_tiled_image_keeps_its_one_placeholder():
+    encode = ChatEncoder(bytewise(), TEMPLATES["plain"], 0, ImageTransform((2, 2), max_tiles=4))
+    example = encode(chat(user(0, "a", 1), assistant("b"), images=2), DRAW)
+    assert example.tokens.count(0) == example.image_count == 2
+    assert example.tiles == ((2, 2, 4, 4), (2, 2, 4, 4)) and example.images.shape == (10, 3, 2, 2)
+    assert encode(chat(user("a"), assistant("b")), DRAW).tiles == ()
+
+
 def test_cutting_keeps_whole_exchanges():
     encode = encoder(max_tokens=10, image_tokens=4)
     turns = (user(0), assistant("b"), user("c", 1), assistant("d"))

@@ -4,9 +4,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers.image_processing_utils import select_best_resolution
 
 from vlm.data.errors import DataError
-from vlm.data.images import ImageTransform
+from vlm.data.images import ImageTransform, tile_grid
 
 
 def test_a_picture_that_fits_is_only_normalised():
@@ -52,3 +53,56 @@ def test_unknown_words_are_refused():
         ImageTransform((2, 2), resize="squash")  # pyright: ignore[reportArgumentType]
     with pytest.raises(DataError, match="std above 0"):
         ImageTransform((2, 2), std=(0.0, 1.0, 1.0))
+
+
+sides = st.integers(8, 1200)
+
+
+@settings(max_examples=100, deadline=None)
+@given(sides, sides, st.sampled_from([16, 37, 64]), st.integers(1, 6))
+def test_the_tile_grid_is_the_one_of_llava_next(height: int, width: int, side: int, most: int):
+    grids = [(r, c) for r in range(1, most + 1) for c in range(1, most + 1) if r * c <= most]
+    found = tile_grid(height, width, (side, side), most)
+    assert found in grids
+    # Transformers rounds a product of floats down, so a picture that fits exactly may lose a row there
+    chosen = select_best_resolution((height, width), [(r * side, c * side) for r, c in grids])
+
+    def worth(grid: tuple[int, int]) -> tuple[int, int]:
+        scale = min(grid[0] * side / height, grid[1] * side / width)
+        kept = min(int(height * scale + 1e-9) * int(width * scale + 1e-9), height * width)
+        return kept, -grid[0] * grid[1]
+
+    assert worth(found) == max(map(worth, grids))
+    assert found == (chosen[0] // side, chosen[1] // side) or worth(found) >= worth(
+        (chosen[0] // side, chosen[1] // side)
+    )
+
+
+def test_tiles_put_together_are_the_picture_in_their_frame():
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 130, 3), dtype=np.uint8)
+    shown, mean = Image.fromarray(pixels), (0.0, 0.4, 1.0)
+    transform = ImageTransform((32, 32), mean, max_tiles=6)
+    found = transform.views(shown)
+    assert found.tiles == (2, 3, 50, 130) and found.pixels.shape == (7, 3, 32, 32)
+    assert np.array_equal(found.pixels[0], transform(shown))
+    joined = np.block([[found.pixels[1 + r * 3 + c].numpy() for c in range(3)] for r in range(2)])
+    frame = ImageTransform((64, 96), mean, resize="pad")(shown)
+    assert np.array_equal(joined, frame.numpy())
+
+
+@pytest.mark.parametrize(("width", "height"), [(32, 32), (20, 31), (40, 40)])
+def test_a_picture_that_one_tile_shows_as_well_gets_none(width: int, height: int):
+    # of 40 x 40 two tiles show no more than one does
+    found = ImageTransform((32, 32), max_tiles=2).views(Image.new("RGB", (width, height)))
+    assert found.tiles == (0, 0, height, width) and len(found.pixels) == 1
+
+
+def test_without_tiling_a_picture_is_one_view():
+    shown, transform = Image.new("RGB", (90, 30), (9, 8, 7)), ImageTransform((32, 32))
+    found = transform.views(shown)
+    assert found.tiles is None and np.array_equal(found.pixels, transform(shown)[None])
+
+
+def test_a_negative_number_of_tiles_is_refused():
+    with pytest.raises(DataError, match="max_tiles of at least 0, found -1"):
+        ImageTransform((2, 2), max_tiles=-1)
