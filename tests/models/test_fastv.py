@@ -1,10 +1,13 @@
 """FastV and cuts before the language model against a decoder written out in dense matrices."""
 
+from math import exp
+
 import pytest
 import torch
 
 from vlm.models.program.attach import attach
 from vlm.models.program.budget import Budget
+from vlm.models.program.debias import Debias
 from vlm.models.pruners.divprune import Divprune
 from vlm.models.pruners.fastv import Fastv
 from vlm.models.pruners.stride import Stride
@@ -12,18 +15,22 @@ from vlm.models.pruners.stride import Stride
 KINDS = ["llama", "qwen2", "qwen3", "mistral"]
 
 
-def fastv_cut(image_of, layer, keep, answer=0):
+def fastv_cut(image_of, layer, keep, answer=0, weight=lambda x: 1.0):
     """FastV as in the paper: mean over heads of the last row's attention in the layer before, text always kept.
 
     Tokens that were generated later are text as well; the score is that of the last prompt token. In training the
-    last ``answer`` tokens are the answer, which does not ask.
+    last ``answer`` tokens are the answer, which does not ask. ``weight`` of a token's place in its image, 0 to 1.
     """
     prompt = len(image_of)
+    weights = torch.ones(prompt, dtype=torch.float64)
+    for image in range(int(image_of.max()) + 1):
+        places = torch.nonzero(image_of == image).flatten()
+        weights[places] = torch.tensor([weight(n / (len(places) - 1)) for n in range(len(places))]).double()
 
     def cut(number, place, attention):
         if number != layer:
             return None
-        score = attention[:, prompt - answer - 1].mean(0)[:prompt].masked_fill(image_of < 0, -1)
+        score = (attention[:, prompt - answer - 1].mean(0)[:prompt] * weights).masked_fill(image_of < 0, -1)
         kept = score.argsort(descending=True, stable=True)[:keep]
         text = torch.nonzero(image_of < 0).flatten()
         return torch.cat([kept, text, torch.arange(prompt, len(place))]).sort().values
@@ -43,6 +50,42 @@ def test_fastv_equals_the_dense_procedure(make_model, batch, spliced, by_hand, k
             expected = by_hand(model, x, cut=fastv_cut(image_of, layer, keep))
             got = model.logits(out.hidden[b][out.layout.valid[b]])
             torch.testing.assert_close(got, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("debias", "weight"),
+    [
+        (2.3, lambda x: exp(-2.3 * x)),
+        ("fastv", lambda x: 1 / (4.88412565 * x**3 - 4.82643345 * x**2 + 1.73373862 * x + 1)),
+    ],
+)
+def test_debiased_attention_is_reweighted_by_the_place_in_the_image(
+    make_model, batch, spliced, by_hand, debias, weight
+):
+    model, inputs = make_model(), batch("tt#ttt", "t#t#t")
+    method = Fastv(Budget.parse("25%"), debias=Debias.parse(debias))
+    with torch.no_grad(), attach(model, method.program(model.facts)):
+        out, plain = model(inputs), []
+        for b in range(2):
+            x, image_of, _ = spliced(model, inputs, b)
+            keep = int((image_of >= 0).sum()) // 4
+            expected = by_hand(model, x, cut=fastv_cut(image_of, 2, keep, weight=weight))
+            got = model.logits(out.hidden[b][out.layout.valid[b]])
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-9)
+            plain.append(torch.equal(expected, by_hand(model, x, cut=fastv_cut(image_of, 2, keep))))
+    assert not all(plain)  # the weight did change a choice
+
+
+@pytest.mark.parametrize(
+    ("layer", "average", "kept"), [(2, 192, 166), (2, 128, 98), (2, 64, 30), (3, 192, 152), (3, 128, 82), (3, 64, 11)]
+)
+def test_an_average_over_layers_keeps_what_the_literature_says(make_model, layer, average, kept):
+    # FastV "at 192" of 576 tokens and 32 layers, when 192 means the average over layers
+    facts = make_model().facts
+    shape = facts.shape.__class__(**{**vars(facts.shape), "layers": 32})
+    facts = facts._replace(layers=32, visual=576, shape=shape)
+    ((site, op),) = Fastv(Budget.parse({"average": average}), layer).program(facts)
+    assert (site.layer, op.keep.tokens) == (layer, kept)
 
 
 def test_fastv_decoding_equals_recomputing_the_whole_sequence(make_model, batch, spliced, by_hand):

@@ -5,7 +5,17 @@ import math
 import pytest
 import torch
 
-from vlm.models.program.debias import cubic_weight, exponential_weight, fit_position, raster_share, without_padding
+from vlm.models.program.debias import (
+    Debias,
+    cubic_weight,
+    exponential_weight,
+    fit_position,
+    raster_share,
+    without_padding,
+)
+from vlm.models.program.program import Tokens
+from vlm.models.program.select import top_by
+from vlm.models.program.signals import PatchAttention, Signal
 
 
 def test_weights_fall_from_the_first_token_to_the_last():
@@ -57,3 +67,35 @@ def test_patches_that_show_the_picture(height, width, rows, columns):
 
 def test_a_lower_threshold_keeps_patches_that_are_mostly_padding():
     assert without_padding(300, 700, 24, 0.01).any(1).sum() > without_padding(300, 700, 24, 0.5).any(1).sum()
+
+
+@pytest.mark.parametrize(("text", "sigma"), [("2.2938", 2.2938), (0, 0.0), ("fastv", None), (Debias(1.5), 1.5)])
+def test_a_recipe_names_a_sigma_or_the_authors_weight(text, sigma):
+    assert Debias.parse(text).sigma == sigma
+
+
+@pytest.mark.parametrize("text", ["-1", "padding", "inf", "nan", {"sigma": 2}])
+def test_anything_else_is_refused(text):
+    with pytest.raises(ValueError, match=r"expected the sigma of exp.* or fastv; found"):
+        Debias.parse(text)
+
+
+def test_an_encoder_s_attention_can_be_debiased_with_the_same_function():
+    # of two equal patches the earlier one stays, and a late one must be larger by the weight
+    signal = PatchAttention(3)
+    value = torch.tensor([[1.0, 3.0, 1.0, 3.0 * math.exp(2 * 2 / 5) - 0.01, 1.0, 2.9]])
+    read: Signal | None = None
+
+    def of(asked: Signal) -> torch.Tensor:
+        nonlocal read
+        read = asked
+        return value
+
+    ones = torch.ones(1, 6, dtype=torch.bool)
+    tokens = Tokens.of_images(torch.zeros(1, 6, 2), ones, torch.zeros(1, dtype=torch.long), of)
+    selector = top_by(signal, Debias(2.0))
+    assert selector.needs == (signal,)
+    assert torch.nonzero(selector.choose(tokens, torch.tensor([1]))[0]).flatten().tolist() == [1]
+    assert read == signal
+    value[0, 3] += 0.02
+    assert torch.nonzero(selector.choose(tokens, torch.tensor([1]))[0]).flatten().tolist() == [3]
