@@ -1,20 +1,22 @@
 """FlowCut: Rethinking Redundancy via Information Flow for Efficient Vision-Language Models (NeurIPS 2025)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from vlm.models.errors import ModelError
 from vlm.models.program.budget import Budget
-from vlm.models.program.program import Position, Program, Select, Selector, Tokens, vit_after
-from vlm.models.program.schedule import flow_removals
+from vlm.models.program.program import Position, Program, Select, Selector, Site, Tokens, llm_before, vit_after
+from vlm.models.program.schedule import budgets, flow_removals, staged
 from vlm.models.program.scores import entropy_share, smoothed
-from vlm.models.program.select import top
-from vlm.models.program.signals import Facts, PatchAttention, PatchFlow, encoder_of
+from vlm.models.program.select import top, top_by
+from vlm.models.program.signals import Facts, PatchAttention, PatchFlow, VisualFlow, encoder_of
+
+SECOND = 2  # decoder layer at whose input the second cut is: after two layers
+FORMS = {"llava": 1.0, "next": 2.5, "qwen": 2.0}  # how many times the budget the encoder hands over
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,14 @@ class Flowcut:
 
     A block's score is (attention + value similarity) times the strength of the value, averaged over blocks with weight
     ``recent`` for the newest. Every second block loses more tokens the more concentrated its attention is; the last
-    one before the output cuts to the budget. An encoder without a class token is scored by its mean query (the
-    authors' form for Qwen2-VL).
+    one before the output cuts to the budget. An encoder without a class token is scored by its mean query times the
+    strength of the value (the authors' score for Qwen2-VL).
+
+    form: ``llava`` cuts in the encoder alone. ``next`` (LLaVA-NeXT) and ``qwen`` (Qwen2-VL) hand over 2.5 times and
+    twice the budget, and cut to it after the second layer of the language model, by the flow from the rows that ask;
+    2.5 is half of the budget in each of five views. similarity: of values, ``softmax`` of their products as in the code
+    or ``cosine`` as in the paper. position: the code for Qwen keeps positions, the others count anew.
+    Numbers of removed patches are each image's own (the code takes the largest of the batch).
     """
 
     source: ClassVar[str] = "FlowCut (NeurIPS 2025), sections 3.2 and 3.3; official code"
@@ -32,28 +40,30 @@ class Flowcut:
 
     keep: Budget
     recent: float = 0.5
+    form: Literal["llava", "next", "qwen"] = "llava"
+    similarity: Literal["softmax", "cosine"] = "softmax"
     position: Position = "reindex"
 
     def program(self, facts: Facts) -> Program:
         vision = encoder_of(facts, "flowcut")
-        if self.keep.meaning not in ("final", "after_layer"):
-            raise ModelError(
-                f"flowcut: it cuts before the language model; expected a share or a number, found {self.keep}"
-            )
+        inside: tuple[tuple[Site, Select], ...] = ()
+        if self.keep.everything:
+            return ()
+        if self.form == "llava":
+            [keep] = budgets(self.keep, facts, [0])
+        else:
+            keep, left = staged(self.keep, facts, SECOND, FORMS[self.form])
+            inside = ((llm_before(SECOND), Select(left, top_by(VisualFlow(SECOND - 1)), self.position)),)
         last = vision.block(None, "flowcut")
         blocks = [block for block in range(last + 1) if (last - 1 - block) % 2 == 0 and block < last] or [last]
-        keep = Budget(self.keep.ratio, self.keep.tokens)
-        if keep.everything:
-            return ()
         selectors = [self._selector(block, blocks[-1] - block, vision.class_token) for block in blocks]
-        return tuple(
-            (vit_after(block), Select(keep, selector, self.position, exact=block == blocks[-1]))
-            for block, selector in zip(blocks, selectors, strict=True)
-        )
+        cuts = [Select(keep, selector, self.position, exact=False) for selector in selectors]
+        cuts[-1] = replace(cuts[-1], exact=True)
+        return (*zip(map(vit_after, blocks), cuts, strict=True), *inside)
 
     def _selector(self, block: int, left: int, class_token: bool) -> Selector:
         attention = PatchAttention(block, "class" if class_token else "mean")
-        scores = tuple(PatchFlow(b, class_token) for b in range(block + 1))
+        scores = tuple(PatchFlow(b, class_token, self.similarity) for b in range(block + 1))
 
         def choose(tokens: Tokens, count: Int[Tensor, " segments"]) -> Bool[Tensor, "segments tokens"]:
             concentration = entropy_share(tokens.signal(attention).mean(1), tokens.valid)
