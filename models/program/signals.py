@@ -4,8 +4,8 @@ A signal names its layer and says how it is read: from one attention call (:clas
 enters a layer. A new statistic is one class here. Signals carry no gradient.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -15,11 +15,13 @@ from torch import Tensor
 from vlm.kernels.received import received_attention
 from vlm.kernels.visibility import Common
 from vlm.models.errors import ModelError
+from vlm.models.program.kv_budget import Window
 from vlm.models.program.layout import Layout, compact
-from vlm.models.program.scores import flow, value_similarity, value_strength
+from vlm.models.program.scores import flow, rated, rotary_decay, text_raters, value_similarity, value_strength
+from vlm.models.program.segments import rows_at, unit
 from vlm.models.program.shape import DecoderShape
 
-Rows = Literal["last", "text", "all"] | int
+Rows = Literal["last", "text", "all"] | int | Window
 Heads = Literal["mean", "each"]
 
 
@@ -28,6 +30,7 @@ class Attention(NamedTuple):
 
     layout: of the keys; None in a vision encoder. valid: which keys are real. prefix: keys before an encoder's patches
     (class token, registers). asks: keys whose rows ask for what follows, -1 where unused (see :class:`Received`).
+    signal: values over these keys of a signal that was read before. frequencies: of the rotary positions.
     """
 
     q: Float[Tensor, "batch heads rows dim"]
@@ -39,6 +42,8 @@ class Attention(NamedTuple):
     layout: Layout | None = None
     asks: Int[Tensor, "batch asks"] | None = None
     prefix: int = 0
+    signal: "Callable[[Signal], Tensor] | None" = None
+    frequencies: Float[Tensor, " half"] | None = None
 
     def received(
         self,
@@ -59,14 +64,26 @@ class Attention(NamedTuple):
         number = self.valid.long().cumsum(1)
         wanted = self.valid
         if rows == "text" and self.layout is not None:
-            place = torch.arange(wanted.shape[1], device=wanted.device)
-            wanted = wanted & (place > self.layout.last(self.layout.visual)[:, None])
+            wanted = question(self.layout, self.asks)
         elif rows != "all":
-            wanted = wanted & (number > number[:, -1:] - (1 if rows == "last" else int(rows)))
+            count = rows.of(number[:, -1])[:, None] if isinstance(rows, Window) else 1 if rows == "last" else rows
+            wanted = wanted & (number > number[:, -1:] - count)
         wanted = wanted.clone()
         wanted[:, : self.k.shape[2] - self.q.shape[2]] = False  # rows of this call only
         index, real = compact(wanted, "right")
         return index.masked_fill(~real, -1)
+
+
+def question(layout: Layout, asks: Int[Tensor, "batch asks"] | None) -> Bool[Tensor, "batch length"]:
+    """The text after the last image of each sample, as far as a prompt has it: in training up to the first row after
+    the image that asks, so that no answer has a say. A sample that has none is represented by its last token."""
+    place = torch.arange(layout.role.shape[1], device=layout.role.device)
+    image, end = layout.last(layout.visual)[:, None], layout.last(layout.valid)[:, None]  # [B,1]
+    if asks is not None:
+        beyond = torch.where(asks > image, asks, layout.role.shape[1]).amin(1, keepdim=True)
+        end = torch.minimum(end, beyond)
+    found = layout.valid & (place > image) & (place <= end)
+    return found | ((place == end) & layout.valid & ~found.any(1, keepdim=True))
 
 
 @dataclass(frozen=True)
@@ -74,13 +91,16 @@ class Signal:
     """A statistic of ``layer``. axis: where its keys (in an encoder: its patches) lie.
 
     part: which half of the model it is read in. of_state: it is read from the state that enters the layer, before a
-    cut there; otherwise from the layer's attention. ahead: read from what the layer's attention would be at its input,
-    so that a cut there can ask for it.
+    cut there; otherwise from the layer's attention. of_layout: a state's, which also looks at what stands where.
+    of_inputs: it comes from outside, before the pass. ahead: read from what the layer's attention would be at its
+    input, so that a cut there can ask for it.
     """
 
     layer: int
     part: ClassVar[Literal["language", "vision"]] = "language"
     of_state: ClassVar[bool] = False
+    of_layout: ClassVar[bool] = False
+    of_inputs: ClassVar[bool] = False
     axis: ClassVar[int] = 1
 
     @property
@@ -97,13 +117,17 @@ class Signal:
     def read_state(self, hidden: Tensor, decoder: Any) -> Tensor:
         raise NotImplementedError
 
+    def read_layout(self, hidden: Tensor, layout: Layout, asks: Int[Tensor, "batch asks"] | None) -> Tensor:
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class Received(Signal):
     """Attention that each key gets from some rows: [batch, keys], or [batch, heads, keys] with ``heads="each"``.
 
     rows: ``"last"``, the rows that ask for what follows: a prompt's last token; in training the token before each
-    answer (mean over answers). ``"text"``, all rows after the last image; ``"all"``; or a number, so many last rows.
+    answer (mean over answers). ``"text"``, the text after the last image (:func:`question`); ``"all"``; or a number,
+    so many last rows; or a :class:`~vlm.models.program.kv_budget.Window`, as many last rows as it has for the prompt.
     Sums over rows but for ``"last"``.
     """
 
@@ -185,6 +209,128 @@ class Peak(Signal):
         return x[..., list(self.dims)].amax(-1) if self.dims else x.amax(-1)
 
 
+@dataclass(frozen=True)
+class Raters(Signal):
+    """Which tokens of the question rate the visual ones in SparseVLM, [batch, keys] bool, judged once on the state
+    that enters ``layer``: see :func:`~vlm.models.program.scores.text_raters`. Where none does, the question's last."""
+
+    layer: int = 0
+    of_state: ClassVar[bool] = True
+    of_layout: ClassVar[bool] = True
+
+    def read_layout(self, hidden: Tensor, layout: Layout, asks: Int[Tensor, "batch asks"] | None) -> Tensor:
+        asked = question(layout, asks)
+        (seen, there), (words, real) = compact(layout.visual, "right"), compact(asked, "right")
+        chosen = text_raters(rows_at(hidden, seen), rows_at(hidden, words), there, real)
+        last = torch.arange(words.shape[1], device=words.device) == real.sum(1, keepdim=True) - 1
+        chosen = chosen | (last & ~chosen.any(1, keepdim=True))
+        return torch.zeros_like(asked, dtype=torch.long).scatter_add(1, words, (chosen & real).long()) > 0
+
+
+@dataclass(frozen=True)
+class Rated(Signal):
+    """Attention that each visual token gets from the :class:`Raters`, mean over them and heads: [batch, keys].
+
+    gravity: attention is first divided by what rotary positions alone would make of it. heads: mean over so many heads
+    only, those with the largest mass on visual tokens. See :func:`~vlm.models.program.scores.rated`.
+    """
+
+    gravity: bool = False
+    heads: int | None = None
+
+    def read(self, seen: Attention) -> Tensor:
+        assert seen.signal is not None and seen.layout is not None
+        index, real = compact(seen.signal(Raters()), "right")
+        rows = index.masked_fill(~real, -1)
+        if not self.gravity and self.heads is None:
+            weight = real.to(seen.q.dtype) / real.sum(1, keepdim=True).clamp_min(1)
+            return seen.received(rows, weight).mean(1)
+        by_row = torch.stack([seen.received(row[:, None]) for row in rows.unbind(1)], 2)  # [B,H,R,K]
+        if self.gravity:
+            by_row = by_row / self._gravity(seen, seen.layout, index)[:, None]
+        return rated(by_row.masked_fill(~seen.layout.visual[:, None, None], 0), real, self.heads)
+
+    def _gravity(self, seen: Attention, layout: Layout, rows: Tensor) -> Float[Tensor, "batch rows keys"]:
+        if seen.frequencies is None or layout.axes is not None:
+            raise ModelError("attention over rotary gravity needs a decoder with rotary positions on one axis")
+        apart = (layout.position.gather(1, rows)[..., None] - layout.position[:, None]).abs()
+        return rotary_decay(apart, seen.q.shape[3], theta=seen.frequencies)
+
+
+@dataclass(frozen=True)
+class RasterShare(Signal):
+    """Place of each visual token among its image's, before any cut in the language model: 0 for the first, 1 for the
+    last, [batch, keys]; 0 for text."""
+
+    layer: int = 0
+    of_state: ClassVar[bool] = True
+    of_layout: ClassVar[bool] = True
+
+    def read_layout(self, hidden: Tensor, layout: Layout, asks: Int[Tensor, "batch asks"] | None) -> Tensor:
+        own = (layout.image + 1)[..., None]  # [B,K,1], 0 is text
+        count = torch.nn.functional.one_hot(own[..., 0]).cumsum(1)  # [B,K,images + 1] tokens of each so far
+        number = count.gather(2, own) - 1
+        total = count[:, -1:].expand_as(count).gather(2, own)
+        return (number / (total - 1).clamp_min(1))[..., 0].masked_fill(~layout.visual, 0)
+
+
+Scores = Callable[[Any, Any, Tensor | None], Float[Tensor, "batch visual"]]
+
+
+@dataclass(frozen=True)
+class Given(Signal):
+    """Scores that come from outside: ``scores(model, inputs, weights)`` is asked once before each pass, without
+    gradient, and gives one number for each visual token of each row in order, padded on the right; [batch, keys].
+
+    inputs and weights are those of the pass (weights None but in training). observes: it runs the model itself, under
+    :func:`~vlm.models.program.observe.observe`.
+    """
+
+    layer: int = 0
+    scores: Scores = field(kw_only=True, repr=False)
+    observes: bool = False
+    of_inputs: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class VisualFlow(Signal):
+    """FlowCut's score inside the language model, [batch, keys], 0 for text: what flows from each visual token to the
+    rows that ask (a prompt's last token; mean over several in training).
+
+    (Attention among visual tokens alone + softmax of the products of values, both means over heads) times the L1 norm
+    of the mean value. Source: FlowCut (NeurIPS 2025), official code for LLaVA-NeXT and Qwen2-VL.
+    """
+
+    def read(self, seen: Attention) -> Tensor:
+        assert seen.layout is not None
+        rows, keys = seen.places("last"), seen.k.shape[2]
+        visible = seen.layout.visual[:, None] & (torch.arange(keys, device=rows.device) <= rows[..., None])  # [B,A,K]
+        query = seen.q.gather(2, _rows_of(rows - (keys - seen.q.shape[2]), seen.q))  # [B,H,A,D]
+        value = seen.v.gather(2, _rows_of(rows, seen.v))
+        key = seen.k.repeat_interleave(query.shape[1] // seen.k.shape[1], 1)
+        scale = seen.common.get("scale") or key.shape[3] ** -0.5
+        by_row = sum(_shares_of(of, other, scale, visible) for of, other in ((query, key), (value, seen.v)))
+        asked = (rows >= 0) & visible.any(2)
+        mean = (by_row * asked[..., None]).sum(1) / asked.sum(1, keepdim=True).clamp_min(1)  # type: ignore[operator]
+        return mean * value_strength(seen.v).masked_fill(~seen.layout.visual, 0)
+
+
+def _rows_of(place: Int[Tensor, "batch asks"], x: Tensor) -> Tensor:
+    return place.clamp_min(0)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+
+
+def _shares_of(
+    row: Float[Tensor, "batch heads asks dim"],
+    key: Float[Tensor, "batch heads keys dim"],
+    scale: float,
+    visible: Bool[Tensor, "batch asks keys"],
+) -> Float[Tensor, "batch asks keys"]:
+    """Softmax over the visible keys of the scaled products, mean over heads; 0 in a row that sees none."""
+    wide = torch.promote_types(row.dtype, torch.float32)
+    product = row.to(wide) @ key.to(wide).transpose(2, 3) * scale
+    return product.masked_fill(~visible[:, None], -torch.inf).softmax(-1).mean(1).masked_fill(~visible, 0)
+
+
 # In a vision encoder. Layers are blocks; values are given for patches only.
 
 
@@ -242,9 +388,12 @@ class PatchFlow(Signal):
     """FlowCut's score of a block, [images, patches]: see :func:`~vlm.models.program.scores.flow`.
 
     class_token: False is its form for encoders without one: attention from the mean query times the value's strength.
+    similarity: of values, ``"softmax"`` of their products (official code) or ``"cosine"`` (paper; negative ones count
+    as none).
     """
 
     class_token: bool = True
+    similarity: Literal["softmax", "cosine"] = "softmax"
     part: ClassVar[Literal["language", "vision"]] = "vision"
 
     def read(self, seen: Attention) -> Tensor:
@@ -252,8 +401,11 @@ class PatchFlow(Signal):
         valid, value = seen.valid[:, seen.prefix :], seen.v[:, :, seen.prefix :]
         if not self.class_token:
             return attention * value_strength(value).masked_fill(~valid, 0)
-        similarity = value_similarity(seen.v[:, :, 0], value, valid)
-        return flow(attention, similarity, value_strength(value), valid)
+        if self.similarity == "cosine":
+            alike = (unit(seen.v[:, :, :1]) * unit(value)).sum(-1).clamp_min(0).mean(1)
+        else:
+            alike = value_similarity(seen.v[:, :, 0], value, valid)
+        return flow(attention, alike, value_strength(value), valid)
 
 
 class Vision(NamedTuple):
@@ -290,7 +442,7 @@ class Facts(NamedTuple):
     layers, width: of the language model. refuses: what a program may not do to it and why, by the name of a site
     (``"vit.out"``), of an op (``"Regroup"``) or of a position policy (``"reindex"``). vision: None where Transformers
     encodes and projects in one step. visual: visual tokens of an image, None where that depends on the image. shape:
-    what cost depends on.
+    what cost depends on. tokenize: the token ids of a text, where the tokenizer is known.
     """
 
     layers: int
@@ -299,6 +451,7 @@ class Facts(NamedTuple):
     vision: Vision | None = None
     visual: int | None = None
     shape: DecoderShape | None = None
+    tokenize: Callable[[str], Sequence[int]] | None = None
 
 
 def encoder_of(facts: Facts, who: str) -> Vision:
@@ -308,18 +461,25 @@ def encoder_of(facts: Facts, who: str) -> Vision:
     return facts.vision
 
 
+def class_token_of(facts: Facts, who: str, instead: str = "") -> Vision:
+    """The vision encoder's facts. Raises ModelError for an encoder without a class token; ``instead``: the way out."""
+    vision = encoder_of(facts, who)
+    if not vision.class_token:
+        raise ModelError(
+            f"{who}: it ranks tokens by the class token's attention, and this vision encoder has no class token"
+            + (f"; {instead}" if instead else "")
+        )
+    return vision
+
+
 def patch_attention(facts: Facts, who: str, layer: int | None, attention: Literal["class", "received"]) -> Signal:
     """The attention by which a method ranks patches: from the class token, or received from all tokens.
 
     Raises ModelError for an encoder without a class token, naming the way out.
     """
-    vision = encoder_of(facts, who)
-    if attention == "class" and not vision.class_token:
-        raise ModelError(
-            f"{who}: it ranks tokens by the class token's attention, and this vision encoder has no class token; "
-            "set attention: received"
-        )
-    return PatchAttention(vision.block(layer, who), "class" if attention == "class" else "all")
+    of_class = attention == "class"
+    vision = class_token_of(facts, who, "set attention: received") if of_class else encoder_of(facts, who)
+    return PatchAttention(vision.block(layer, who), "class" if of_class else "all")
 
 
 Reader = Callable[[Signal], Tensor]
