@@ -74,7 +74,10 @@ class HuggingFace(Part):
             config: Any = AutoConfig.from_pretrained(name)
             config = getattr(config, "vision_config", config)
             _refuse_packed(name, config)
-            self.model: Any = AutoModel.from_pretrained(name, config=config)
+            if torch.empty(0).device.type == "meta":  # a plan needs the shape and no weights
+                self.model: Any = AutoModel.from_config(config)
+            else:
+                self.model = AutoModel.from_pretrained(name, config=config)
             processor: Any = AutoImageProcessor.from_pretrained(name)
         except (OSError, ValueError) as error:
             raise ModelError(f"model.vision: no encoder at {name!r}: {str(error).splitlines()[0]}") from None
