@@ -5,7 +5,7 @@ from copy import copy
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -61,6 +61,23 @@ class Stream(NamedTuple):
                 raise ModelError(f"decode: {type(layer).__name__} cannot be taken back: {reason}") from None
 
 
+class Overview(NamedTuple):
+    """Where the layout of a sample shows its first image whole: the tokens of ``image`` (its number in the batch) from
+    ``row`` on, ``rows`` x ``cols`` of them."""
+
+    image: int
+    row: int
+    rows: int
+    cols: int
+
+    def places(self, layout: Layout, sample: int) -> tuple[Bool[Tensor, " length"], Int[Tensor, " length"]]:
+        """Which tokens of the sample belong to it, and which place of its grid each is; 0 elsewhere."""
+        row, col = layout.row[sample] - self.row, layout.col[sample]
+        shown = layout.visual[sample] & (layout.image[sample] == self.image)
+        shown = shown & (row >= 0) & (row < self.rows) & (col < self.cols)
+        return shown, (row * self.cols + col).masked_fill(~shown, 0)
+
+
 class BaseVlm(nn.Module):
     """Images and text in, next-token logits out. Programs are attached with
     :func:`vlm.models.program.attach.attach`.
@@ -82,13 +99,19 @@ class BaseVlm(nn.Module):
         raise NotImplementedError
 
     @property
+    def head(self) -> Any:
+        """The module that makes logits of hidden states."""
+        raise NotImplementedError
+
+    @property
     def places(self) -> Mapping[str, Sequence[str]]:
         """Where the modules and lone parameters of each role lie: ``vision``, ``connector``, ``language``."""
         return {role: (role,) for role in ROLES}
 
     @property
     def idle(self) -> Sequence[str]:
-        """Where weights lie that no pass reads, such as encoder blocks after the one whose features are taken."""
+        """Where weights lie that never train: those that no pass reads, such as encoder blocks after the one whose
+        features are taken, and those of an encoder that is frozen by construction."""
         return ()
 
     @property
@@ -113,7 +136,8 @@ class BaseVlm(nn.Module):
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             itemsize=next(self.parameters()).itemsize,
         )
-        return Facts(shape.layers, shape.width, self.refuses, self.vision_facts, self.visual_tokens, shape)
+        known = (self.refuses, self.vision_facts, self.visual_tokens, shape, self.tokenize)
+        return Facts(shape.layers, shape.width, *known)
 
     @property
     def visual_tokens(self) -> int | None:
@@ -121,9 +145,18 @@ class BaseVlm(nn.Module):
         return None
 
     @property
+    def most_visual_tokens(self) -> int | None:
+        """The most visual tokens that an image may have before any cut; None where there is no bound."""
+        return self.visual_tokens
+
+    @property
     def vision_facts(self) -> Vision | None:
         """What methods may know of the vision encoder; None where programs cannot see it."""
         return None
+
+    def overview(self, layout: Layout, sample: int) -> Overview | None:
+        """Where an uncut layout shows the first image of a sample whole; None for a sample without images."""
+        raise NotImplementedError
 
     def visual_counts(self, inputs: Any) -> Int[Tensor, " batch"]:
         """Visual tokens of each row before any cut."""

@@ -1,6 +1,6 @@
 """The composed vision-language model: encode, prune, project, splice, decode, loss."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -8,9 +8,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vlm.models.base import BaseVlm, pixel_seed
+from vlm.models.base import BaseVlm, Overview, pixel_seed
 from vlm.models.errors import ModelError
-from vlm.models.program.layout import Side, compact
+from vlm.models.program.layout import Layout, Side, compact
+from vlm.models.program.perturb import insertion
 from vlm.models.program.run import Run
 from vlm.models.program.signals import Vision
 from vlm.models.splice import IMAGE_TOKEN, Visual, check_placeholders, splice
@@ -41,6 +42,12 @@ class Inputs(NamedTuple):
         tiles = None if self.tiles is None else self.tiles[:0]
         return Inputs(tokens, valid, self.images[:0], self.owner[:0], self.keys, tiles)
 
+    def insert(self, ids: Sequence[int], start: bool = False) -> "Inputs":
+        """The same prompts with the tokens ``ids`` put in after their last image (with ``start``, and in a row without
+        an image, after its first token)."""
+        put = insertion((self.tokens == IMAGE_TOKEN) & self.valid, self.valid, len(ids), start)
+        return self._replace(tokens=put(self.tokens, self.tokens.new_tensor(ids)), valid=put(self.valid, 1))
+
 
 class VisionLanguageModel(BaseVlm):
     """A vision encoder, a connector and a causal language model.
@@ -64,6 +71,10 @@ class VisionLanguageModel(BaseVlm):
         return self.language.get_decoder()
 
     @property
+    def head(self) -> Any:
+        return self.language.get_output_embeddings()
+
+    @property
     def visual_tokens(self) -> int | None:
         """Visual tokens of an image before any cut; None where images come in tiles."""
         return None if self.max_tiles else self.most_visual_tokens
@@ -72,6 +83,15 @@ class VisionLanguageModel(BaseVlm):
     def most_visual_tokens(self) -> int:
         """Visual tokens of an image before any cut, with as many tiles as it may have."""
         return self.visual_grid[0] * self.visual_grid[1] * (1 + self.max_tiles)
+
+    @property
+    def idle(self) -> list[str]:
+        """What the encoder keeps as it is, whatever a recipe trains."""
+        return [f"vision.{name}" for name in getattr(self.vision, "frozen", ())]
+
+    def overview(self, layout: Layout, sample: int) -> Overview | None:
+        shown = layout.image[sample][layout.visual[sample]]
+        return Overview(int(shown.min()), 0, *self.visual_grid) if len(shown) else None  # tiles stand below the whole
 
     def visual_counts(self, inputs: Inputs) -> Int[Tensor, " batch"]:
         return self._counts(inputs, self._tiles(inputs))
@@ -106,6 +126,10 @@ class VisionLanguageModel(BaseVlm):
         blind = getattr(encoder, "blind", "") or blind
         return Vision(encoder.depth, len(encoder.blocks), encoder.output, encoder.class_token, encoder.cuts, blind)
 
+    def map_pixels(self, inputs: Inputs, change: Callable[[Tensor, int], Tensor]) -> Inputs:
+        pictures = [change(pixels, number) for number, pixels in enumerate(inputs.images)]
+        return inputs._replace(images=torch.stack(pictures)) if pictures else inputs
+
     def encode(self, inputs: Inputs, table: TileTable | None = None) -> Visual:
         """Encode, prune and project the images of a batch; the views of all of them go through the encoder at once."""
         table = self._tiles(inputs) if table is None else table
@@ -136,6 +160,7 @@ class VisionLanguageModel(BaseVlm):
             visual, embedded = self._without_images(inputs, embedded)
         embeds, layout = splice(inputs.tokens, inputs.valid, embedded, visual, side)
         run = Run(layout, side, seed if table is None else table.sum_by_image(seed) % 2**40)
+        run.grids = [self.visual_grid] * len(inputs.images) if table is None and self.connector.spatial else []
         run.total = self._counts(inputs, table)  # an encoder may have cut some already
         return (embeds if self.engine is None else self.engine.enter_language(embeds, run)), run
 
