@@ -43,6 +43,6 @@ class Agla:
         masked = Masked(facts.layers // 2 if self.layer is None else self.layer, self.keep)
 
         def logits(now: Now) -> Float[Tensor, "rows vocab"]:
-            return keep_only(combine(now.main, now.other(masked), 1, self.alpha), plausible(now.main, self.cut))
+            return keep_only(combine(now.main, now.other(masked), self.alpha), plausible(now.main, self.cut))
 
         return ((LOGITS, Rewrite(logits, (masked,))),)

@@ -43,4 +43,4 @@ class Deco:
     def logits(self, now: Now, after: tuple[int, ...]) -> Float[Tensor, "rows vocab"]:
         candidates = largest(now.main, self.top_k) & nucleus(now.main, self.top_p)
         middle, probability = surest([now.inner(layer, True) for layer in after], candidates)
-        return keep_only(combine(now.main, middle, 1, self.alpha * probability), candidates)
+        return keep_only(combine(now.main, middle, self.alpha * probability), candidates)

@@ -56,4 +56,4 @@ class Dola:
     def logits(self, now: Now, layers: tuple[int, ...]) -> Float[Tensor, "rows vocab"]:
         final = wide(now.main).log_softmax(-1)
         early = most_divergent(final, [now.inner(layer, self.norm) for layer in layers])
-        return keep_only(combine(final, early, 1, -1), plausible(final, self.cut))
+        return keep_only(combine(final, early, -1.0), plausible(final, self.cut))

@@ -50,6 +50,6 @@ class Icd:
         def logits(now: Now) -> Float[Tensor, "rows vocab"]:
             if self.form == "vcd":
                 return contrast(now.main, now.other(disturbed), self.alpha, self.cut)
-            return keep_only(combine(now.main, now.other(disturbed), 1, -self.alpha), plausible(now.main, self.cut))
+            return keep_only(combine(now.main, now.other(disturbed), -self.alpha), plausible(now.main, self.cut))
 
         return ((LOGITS, Rewrite(logits, (disturbed,))),)

@@ -42,4 +42,4 @@ class Vistasla:
 
     def logits(self, now: Now, after: tuple[int, ...]) -> Float[Tensor, "rows vocab"]:
         window = torch.stack([wide(now.inner(layer, self.norm)) for layer in after]).mean(0)
-        return combine(now.main, window, 1 - self.gamma, self.gamma)
+        return combine(now.main, window, self.gamma, 1 - self.gamma)

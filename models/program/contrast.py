@@ -37,8 +37,8 @@ def plausible(logits: Float[Tensor, "rows vocab"], share: float) -> Bool[Tensor,
 def combine(
     main: Float[Tensor, "rows vocab"],
     other: Float[Tensor, "rows vocab"],
-    own: float | Float[Tensor, "rows 1"],
     foreign: float | Float[Tensor, "rows 1"],
+    own: float | Float[Tensor, "rows 1"] = 1.0,
 ) -> Float[Tensor, "rows vocab"]:
     """``own * main + foreign * other``; what ``main`` rules out stays ruled out."""
     main, other = wide(main), wide(other)
@@ -57,7 +57,7 @@ def contrast(
     What one context makes likelier than the other becomes likelier still. Adding a number to all logits of a row of
     either changes no probability, so logits serve as well as log-probabilities. ``cut``: see :func:`plausible`.
     """
-    return keep_only(combine(main, other, 1 + weight, -weight), plausible(main, cut))
+    return keep_only(combine(main, other, -weight, 1 + weight), plausible(main, cut))
 
 
 def largest(logits: Float[Tensor, "rows vocab"], count: int) -> Bool[Tensor, "rows vocab"]:

@@ -44,7 +44,7 @@ class Streams:
     ) -> None:
         self.model, self.logits, self.streams = model, logits, streams
         self._given: list[Int[Tensor, " rows"]] = []
-        self._first = (logits, self.main.run.inner) if remember else None
+        self._first = (logits, dict(self.main.run.inner)) if remember else None
 
     @property
     def main(self) -> Stream:
@@ -119,7 +119,7 @@ class Streams:
     def _to_prompt(self) -> None:
         assert self._first is not None
         self._take_back(len(self._given))
-        self.logits, self.main.run.inner = self._first
+        self.logits, self.main.run.inner = self._first[0], dict(self._first[1])
 
     def _take_back(self, count: int) -> None:
         for stream in self.streams.values():

@@ -1,6 +1,7 @@
 """M3ID: its arithmetic by hand, and its two streams against recomputing everything without caches."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,12 +10,17 @@ from vlm.models.mitigators.m3id import M3id
 from vlm.models.program.attach import attach
 from vlm.models.program.budget import Budget
 from vlm.models.program.decode import generate
+from vlm.models.program.layout import Layout
+from vlm.models.program.program import Now
 from vlm.models.program.signals import Facts
 from vlm.models.pruners.fastv import Fastv
 
 
-def by_stream(main: list[float], without: list[float]) -> dict[str, torch.Tensor]:
-    return {"main": torch.tensor([main]).log(), "no_image": torch.tensor([without]).log()}
+def now(main: torch.Tensor, without: torch.Tensor, step: int, roles: list[int] | None = None) -> Now:
+    """What the stage sees of two distributions; a role is 0 for padding, 1 for text, 2 for an image."""
+    role = torch.tensor([roles or [1]] * len(main))
+    layout = Layout(*[role] * 7)
+    return Now(main.log(), lambda context: without.log(), lambda layers, normed: main, step, layout)
 
 
 @pytest.mark.parametrize(
@@ -32,18 +38,31 @@ def by_stream(main: list[float], without: list[float]) -> dict[str, torch.Tensor
     ],
 )
 def test_the_weight_follows_the_schedule(method, step, weight):
-    method = M3id(method.decay, tau=1.1, t0=method.t0, max_weight=method.max_weight)
-    got = method.logits(by_stream([0.5, 0.25, 0.25], [0.25, 0.25, 0.5]), step)
+    method = replace(method, tau=1.1)
+    got = method.logits(now(torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[0.25, 0.25, 0.5]]), step))
     ratio = math.log(2)  # s - u is log 2, 0, -log 2
     expected = torch.tensor([[math.log(0.5) + weight * ratio, math.log(0.25), math.log(0.25) - weight * ratio]])
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_confident_token_is_left_alone_row_by_row():
-    main, without = torch.tensor([[0.31, 0.5, 0.19], [0.29, 0.29, 0.42]]).log(), torch.full((2, 3), 1 / 3).log()
-    got = M3id(tau=0.45).logits({"main": main, "no_image": without}, 50)
-    torch.testing.assert_close(got[0], main[0])  # 0.5 >= tau
-    assert (got[1] - main[1]).abs().min() > 0.1
+    main, without = torch.tensor([[0.31, 0.5, 0.19], [0.29, 0.29, 0.42]]), torch.full((2, 3), 1 / 3)
+    got = M3id(tau=0.45).logits(now(main, without, 50))
+    torch.testing.assert_close(got[0], main[0].log())  # 0.5 >= tau
+    assert (got[1] - main[1].log()).abs().min() > 0.1
+
+
+def test_time_may_begin_at_the_number_of_words_after_the_image():
+    # padding, two words, an image, three words, two generated: 3 + 2 tokens count, e^(0.1 * 5) - 1 = 0.6487213
+    main, without = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[0.25, 0.25, 0.5]])
+    got = M3id(0.1, tau=1.1, t0="prompt").logits(now(main, without, 2, [0, 1, 1, 2, 2, 1, 1, 1, 1, 1]))
+    torch.testing.assert_close(got[0, 0], torch.tensor(math.log(0.5) + 0.6487213 * math.log(2)))
+
+
+def test_a_cut_rules_out_what_is_implausible_with_the_image():
+    main, without = torch.tensor([[0.6, 0.36, 0.04]]), torch.full((1, 3), 1 / 3)
+    got = M3id(tau=1.1, cut=0.1).logits(now(main, without, 3))
+    assert got[0].isinf().tolist() == [False, False, True]
 
 
 def test_identical_streams_are_plain_decoding(make_model, batch):
