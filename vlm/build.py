@@ -73,8 +73,8 @@ def build_encoder(
 ) -> ChatEncoder:
     """What turns a sample into token ids and pixels for this model."""
     image = model.vision.image
-    size, tiles = (image.size, image.size), recipe.model.image.tiles
-    transform = ImageTransform(size, image.mean, image.std, interpolation=image.interpolation, max_tiles=tiles)
+    size, seen = (image.size, image.size), recipe.model.image
+    transform = ImageTransform(size, image.mean, image.std, seen.resize, image.interpolation, seen.tiles)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise RecipeError(f"model.language.tokenizer: expected a fast tokenizer; found {type(tokenizer).__name__}")
     name = recipe.model.template

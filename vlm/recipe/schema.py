@@ -78,8 +78,12 @@ class Language(Section):
 
 
 class Image(Section):
-    """What an encoder sees of a picture: the whole, and with ``anyres`` up to ``max_tiles`` tiles of a large one."""
+    """What an encoder sees of a picture: the whole, and with ``anyres`` up to ``max_tiles`` tiles of a large one.
 
+    resize: how the whole becomes a square: ``stretch``, ``pad`` with the mean colour (LLaVA-1.5), or ``crop`` the middle.
+    """
+
+    resize: Literal["stretch", "pad", "crop"] = "stretch"
     tiling: Literal["none", "anyres"] = "none"
     max_tiles: AtLeastOne = 4
 
@@ -123,7 +127,7 @@ class Model(Section):
                 other = "a model has vision, connector and language, or is `from` a checkpoint"
                 raise problem(f"is missing; {other}", missing[0])
             return self
-        own = {"template": self.template, "image": self.image if self.image.tiles else None}
+        own = {"template": self.template, "image": None if self.image == Image() else self.image}
         for key, given in (parts | own).items():
             if given is not None:
                 raise problem("stands beside model.from, which brings its own; set it to null or leave it out", key)
