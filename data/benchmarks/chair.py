@@ -52,7 +52,8 @@ class Chair:
         synonyms: a file in CHAIR's format, or "coco" for our own list.
         prompt: asked for every image.
         max_new_tokens: captions are cut there; 64 and 512 are common and give different numbers.
-        limit: so many images, drawn at random with `seed`.
+        limit: so many images, drawn at random.
+        seed: of that draw and of the intervals.
     """
 
     truth: str | Sequence[str]

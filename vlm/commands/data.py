@@ -1,4 +1,5 @@
-"""``vlm data make | pack | index | check | show``: shards made, converted, indexed, checked and looked at."""
+"""``vlm data make | pack | index | check | show | score``: shards made, converted, indexed, checked and looked at, and
+answers of elsewhere scored."""
 
 import argparse
 from pathlib import Path
@@ -7,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from vlm.commands.recipes import add_overrides, add_recipe, load
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from vlm.data.batch import Example
     from vlm.data.chat import ChatEncoder
     from vlm.data.schema import Sample
@@ -20,10 +23,10 @@ _FORMATS = {
 
 
 def add(commands: Any) -> None:
-    text = "make, convert, index, check and look at shards"
+    text = "make, convert, index, check and look at shards; score answers that something else wrote"
     data = commands.add_parser("data", help=text, description=text)
     actions = data.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
-    for add_action in (_add_make, _add_pack, _add_index, _add_check, _add_show):
+    for add_action in (_add_make, _add_pack, _add_index, _add_check, _add_show, _add_score):
         add_action(actions)
 
 
@@ -132,6 +135,76 @@ def _check(arguments: argparse.Namespace) -> int:
     for problem in problems:
         print(" ".join(str(problem).splitlines()))
     return 1 if problems else 0
+
+
+def _add_score(actions: Any) -> None:
+    text = "score a file of answers, whoever wrote it, against the files of a benchmark; no model and no images needed"
+    parser = actions.add_parser("score", help=text, description=text)
+    parser.add_argument("benchmark", metavar="BENCHMARK", help="a benchmark such as pope; vlm methods lists them")
+    parser.add_argument("file", metavar="FILE", type=Path, help="answers by question: JSON, JSON lines, or official")
+    add_overrides(parser, "options of the benchmark, such as questions=[coco_pope_random.json] images=val2014")
+    parser.add_argument("--baseline", type=Path, metavar="FILE", help="answers to compare with, question by question")
+    parser.add_argument("--any-order", action="store_true", help="take answers in another order than the questions")
+    parser.add_argument("--id-key", metavar="KEY", help="the field of a record that holds the question's id")
+    parser.add_argument("--answer-key", metavar="KEY", help="the field of a record that holds the answer")
+    parser.add_argument("--requests", type=Path, metavar="FILE", help="write what a judge is to be asked, and stop")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write numbers and protocol as JSON")
+    parser.set_defaults(call=_score)
+
+
+def _score(arguments: argparse.Namespace) -> None:
+    import json
+
+    from vlm.create import create
+    from vlm.data.benchmarks._shared.judge import write_requests
+    from vlm.data.benchmarks._shared.predictions import read_answers, score_file
+    from vlm.recipe import Method, RecipeError
+    from vlm.recipe.load import read_words
+
+    given = {"images": "", **read_words(arguments.overrides)}  # answers are there, so pictures need not be
+    benchmark = create("benchmark", Method.model_validate({"use": arguments.benchmark, **given}))
+    how = {"id_key": arguments.id_key, "answer_key": arguments.answer_key, "any_order": arguments.any_order}
+    if arguments.requests:
+        if not hasattr(benchmark, "judge_requests"):
+            raise RecipeError(f"--requests: {arguments.benchmark} has no judge")
+        requests = benchmark.judge_requests(read_answers(benchmark, arguments.file, **how))
+        write_requests(requests, arguments.requests)
+        print(f"{arguments.requests}: {len(requests)} requests; replies go into JSON lines of id and reply")
+        return
+    found = score_file(benchmark, arguments.file, **how)
+    record = found.to_dict()
+    if arguments.baseline:
+        before = read_answers(benchmark, arguments.baseline, **how)
+        record["change"] = benchmark.compare(before, read_answers(benchmark, arguments.file, **how))
+    if arguments.out:
+        arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    for line in _lines(arguments.benchmark, record):
+        print(line)
+
+
+def _lines(benchmark: str, record: dict[str, Any]) -> "Iterator[str]":
+    """What is said of a scored file: numbers by group, changes by group, then what to know about the answers."""
+    for group, values in record["scores"].items():
+        numbers = [
+            f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in values.items()
+            if isinstance(value, int | float)
+        ]
+        low, high = values["ci"]
+        numbers.insert(1, f"(95 %: {low:.4f} to {high:.4f})")
+        yield f"{benchmark} {group}".rstrip() + f": {', '.join(numbers).replace(', (', ' (', 1)}"
+        yield from (f"  {warning}" for warning in values.get("warnings", ()))
+    for group, changes in record.get("change", {}).items():
+        for name, change in changes.items():
+            low, high = change["ci"]
+            yield (
+                f"{benchmark} {group}".rstrip() + f": {name} changes by {change['difference']:+.4f} "
+                f"(95 %: {low:+.4f} to {high:+.4f}, p {change['p']:.3g})"
+            )
+    if empty := sum(record["empty"].values()):
+        yield f"{empty} of {record['n']} answers are empty"
+    if missing := record["missing_images"]:
+        yield f"{len(missing)} images are missing: {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}"
 
 
 def _add_show(actions: Any) -> None:

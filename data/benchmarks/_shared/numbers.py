@@ -48,6 +48,7 @@ def number_in_latex(text: str) -> float | None:
     for mark in ("$", "\\(", "\\)", "\\[", "\\]"):
         bare = bare.replace(mark, "")
     bare = re.sub(r"(?<=\d),(?=\d{3}\b)", "", bare).strip().rstrip(".")
+    bare = re.sub(r"(\\[dt]?frac)\s*(\d)\s*(\d)", r"\1{\2}{\3}", bare)  # without braces, single digits are meant
     percent = re.fullmatch(r"(.*?)\s*\\?%", bare)
     tokens = _tokens(percent[1] if percent else bare)
     if not tokens:

@@ -40,7 +40,7 @@ class Given(NamedTuple):
 @dataclass(frozen=True)
 class FileScore:
     """What a file of answers scores: numbers and protocol by group, empty answers by group of questions, and the
-    keys of images that the folder lacks (None: not looked)."""
+    keys of images that the folder lacks (None: `images` is "", so there is no folder to look in)."""
 
     scores: dict[str, dict[str, Any]]
     protocol: dict[str, dict[str, Any]]
@@ -72,13 +72,12 @@ def score_file(
     questions = benchmark.ask()
     answers = read_answers(benchmark, path, id_key=id_key, answer_key=answer_key, any_order=any_order)
     empty = Counter(question.group for question in questions if not answers[question.id].strip())
-    has_folder = bool(benchmark.images) and Path(benchmark.images).is_dir()
     return FileScore(
         benchmark.score(answers),
         benchmark.protocol(),
         len(questions),
         dict(empty),
-        missing_images(benchmark.images, questions) if has_folder else None,
+        missing_images(benchmark.images, questions) if benchmark.images else None,
     )
 
 

@@ -5,7 +5,8 @@ import io
 import pytest
 from PIL import Image
 
-from vlm.data.benchmarks._shared.images import ImageSource
+from vlm.data.benchmarks._shared.contract import Question
+from vlm.data.benchmarks._shared.images import ImageSource, missing_images
 from vlm.data.errors import DataError
 from vlm.data.schema import Message, Part, Sample
 from vlm.data.write import write_shards
@@ -57,3 +58,19 @@ def test_what_is_missing_is_named(tmp_path):
     for key, count in (("b", 2), ("c", 0)):
         with pytest.raises(DataError, match=f"has {count} media"):
             ImageSource(tmp_path / "shards").read(key)
+
+
+def test_missing_images_are_listed_once_and_in_order(tmp_path):
+    (tmp_path / "one.png").write_bytes(b"one")
+    keys = ["two.png", "one.png", "one", "../one.png", "two.png", "three"]
+    assert ImageSource(tmp_path).missing(keys) == ["two.png", "../one.png", "three"]
+    write_shards([sample("a", picture(1)), sample("b", picture(1))], tmp_path / "shards")
+    assert ImageSource(tmp_path / "shards").missing(["a.png", "c.png", "b"]) == ["c.png"]
+
+
+def test_missing_images_of_questions(tmp_path):
+    (tmp_path / "one.png").write_bytes(b"one")
+    questions = [Question("1", ("one.png", "two.png"), "?"), Question("2", (), "?"), Question("3", ("two.png",), "?")]
+    assert missing_images(tmp_path, questions) == ["two.png"]
+    with pytest.raises(DataError, match="no folder"):
+        missing_images(tmp_path / "nowhere", questions)

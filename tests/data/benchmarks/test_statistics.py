@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm.data.benchmarks._shared.statistics import bootstrap_ratio, mcnemar_exact, paired_bootstrap, wilson
+from vlm.data.benchmarks._shared.statistics import (
+    bootstrap_ratio,
+    mcnemar_exact,
+    paired_bootstrap,
+    rate,
+    rate_change,
+    sum_of_means,
+    wilson,
+)
 from vlm.data.errors import DataError
 
 
@@ -91,3 +99,36 @@ def test_unequal_lengths_are_refused():
         paired_bootstrap(([1.0], [1.0]), ([1.0, 2.0], [1.0, 1.0]))
     with pytest.raises(DataError, match="bootstrap"):
         bootstrap_ratio([1.0], [])
+
+
+def test_drawing_alike_items_together_is_the_same_bootstrap():
+    values = np.array([0.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0])
+    rng = np.random.default_rng(5)
+    means = values[rng.integers(10, size=(40_000, 10))].mean(axis=1)  # item by item
+    low, high = bootstrap_ratio(values, np.ones(10), draws=40_000)
+    assert (low, high) == pytest.approx(tuple(np.quantile(means, (0.025, 0.975))), abs=0.05)
+    # twenty thousand answers of two kinds take no more room than two
+    many = bootstrap_ratio(np.tile(values, 2000), np.ones(20_000))
+    assert many == pytest.approx((0.7 - 0.0064, 0.7 + 0.0064), abs=1e-3)
+
+
+def test_a_sum_of_means_adds_means_and_variances():
+    rng = np.random.default_rng(6)
+    strata = [rng.normal(1, 2, 300), rng.normal(2, 1, 100)]
+    total = sum_of_means(strata, draws=8000)
+    assert total.difference == pytest.approx(strata[0].mean() + strata[1].mean())
+    half = 1.96 * np.sqrt(strata[0].var() / 300 + strata[1].var() / 100)
+    assert total.ci == pytest.approx((total.difference - half, total.difference + half), abs=0.02)
+    assert total.p < 0.01
+    assert sum_of_means([[0.0, 0.0]]).to_dict() == {"difference": 0.0, "ci": [0.0, 0.0], "p": 1.0}
+    with pytest.raises(DataError, match="expected items in every stratum"):
+        sum_of_means([[1.0], []])
+
+
+def test_rates_and_their_changes():
+    assert rate([True, True, False, True]) == {"accuracy": 0.75, "n": 4, "ci": list(wilson(3, 4))}
+    assert rate([]) == {"accuracy": 0.0, "n": 0, "ci": [0.0, 1.0]}
+    change = rate_change([False, False, True, False], [True, True, True, False])
+    assert (change["difference"], change["p"]) == (0.5, 0.5)
+    with pytest.raises(DataError, match="paired"):
+        rate_change([True], [])

@@ -2,7 +2,8 @@
 
 import pytest
 
-from vlm.data.benchmarks._shared.yes_no import PARSERS, yes_no_metrics
+from vlm.data.benchmarks._shared.yes_no import PARSERS, parser_named, yes_no_metrics
+from vlm.data.errors import DataError
 
 GOLDEN = [
     ("Yes, there is a dog.", "yes"),
@@ -48,6 +49,24 @@ TABLE = [
 def test_other_parsers_on_a_table(answer, label, vcd, pai, lmms, vlmeval):
     found = [PARSERS[name].read(answer, label) for name in ("vcd", "pai", "lmms", "vlmeval")]
     assert found == [vcd, pai, lmms, vlmeval]
+
+
+@pytest.mark.parametrize(
+    ("answer", "exact", "first_word"),
+    [
+        ("Yes", "yes", "yes"), ("No", "no", "no"), ("yes", "unknown", "yes"), ("No.", "unknown", "no"),
+        ("**No**, it is", "unknown", "no"), ("Not so", "unknown", "unknown"), ("", "unknown", "unknown"),
+        ("There is no dog", "unknown", "unknown"),
+    ],
+)  # fmt: skip
+def test_parsers_of_other_benchmarks(answer, exact, first_word):
+    assert [PARSERS[name].read(answer, "yes") for name in ("exact", "first_word")] == [exact, first_word]
+
+
+def test_a_parser_by_name():
+    assert parser_named("pai", "toy") is PARSERS["pai"]
+    with pytest.raises(DataError, match=r"toy: parser 'vlmevl'.*nearest: vlmeval"):
+        parser_named("vlmevl", "toy")
 
 
 def test_metrics_by_hand():
