@@ -1,9 +1,9 @@
 """Attention without its bias for place and padding: weights on any attention score.
 
 Source: "Attention debiasing for token pruning in vision-language models" (arXiv 2508.17807), sections 3.2 and 3.3.
-Of its two parts a recipe reaches the reweighting by position. The suppression of padding (:func:`without_padding`) needs
-the size that a picture had before it was padded to a square, which no batch carries: it is a function here, not an
-option.
+Of its two parts a recipe reaches the reweighting by position. The suppression of padding (:func:`without_padding`)
+needs the size that a picture had before it was padded to a square, which no batch carries: it is a function here, not
+an option.
 """
 
 from dataclasses import dataclass

@@ -46,6 +46,7 @@ class Guide:
 
 
 SELF = Guide()
+_FEW = Budget(ratio=0.05)
 
 
 class _Mass:
@@ -97,12 +98,13 @@ def visual_importance(
             model(inputs, weights)
         else:
             logits, stream = model.prefill(inputs)
-            mass.weight = torch.ones_like(logits[:, 0])
+            alive = torch.ones_like(logits[:, 0], dtype=torch.bool)
             for _ in range(generated):
                 token = logits.argmax(-1)
-                mass.weight = mass.weight * (token != stop)
-                if not bool(mass.weight.any()):
+                alive = alive & (token != stop)
+                if not bool(alive.any()):
                     break
+                mass.weight = alive.to(logits.dtype)
                 logits = model.step(stream, token)
     assert mass.total is not None
     return mass.total
@@ -141,7 +143,7 @@ def draft(
     threshold: float,
     max_new_tokens: int,
     stop: int,
-    keep: Budget = Budget(ratio=0.05),
+    keep: Budget = _FEW,
 ) -> Draft:
     """Answer with a small model and judge the answers (SGL's early exit); a recipe does not reach it.
 

@@ -8,6 +8,7 @@ import torch
 from vlm.models.program.attach import attach
 from vlm.models.program.budget import Budget
 from vlm.models.program.debias import Debias
+from vlm.models.program.program import Select
 from vlm.models.pruners.divprune import Divprune
 from vlm.models.pruners.fastv import Fastv
 from vlm.models.pruners.stride import Stride
@@ -85,6 +86,7 @@ def test_an_average_over_layers_keeps_what_the_literature_says(make_model, layer
     shape = facts.shape.__class__(**{**vars(facts.shape), "layers": 32})
     facts = facts._replace(layers=32, visual=576, shape=shape)
     ((site, op),) = Fastv(Budget.parse({"average": average}), layer).program(facts)
+    assert isinstance(op, Select)
     assert (site.layer, op.keep.tokens) == (layer, kept)
 
 

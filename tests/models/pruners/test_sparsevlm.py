@@ -15,7 +15,7 @@ from vlm.models.program.budget import Budget
 from vlm.models.program.debias import Debias
 from vlm.models.program.program import Select, Selector, llm_before
 from vlm.models.program.select import top
-from vlm.models.program.signals import Facts, Rated, Raters
+from vlm.models.program.signals import Attention, Facts, Rated, Raters
 from vlm.models.pruners.sparsevlm import _LISTS, Sparsevlm, _merged, _scaled
 
 
@@ -244,6 +244,20 @@ def test_debias_moves_the_choice_to_earlier_tokens(make_model, batch):
             layout = model(inputs).layout
         means.append(float((layout.row * 6 + layout.col)[layout.visual].float().mean()))
     assert means[1] < means[0]
+
+
+def test_the_second_version_needs_rotary_positions_on_one_axis(make_model, batch):
+    model = make_model()
+    layout = model(batch("#ttt")).layout
+    q, k = torch.randn(1, 4, 39, 8), torch.randn(1, 2, 39, 8)
+    seen = Attention(q, k, k, layout.valid, {}, "auto", layout, signal=lambda signal: ~layout.visual)
+    frequencies = model.decoder.rotary_emb.inv_freq
+    rating = Rated(1, gravity=True)
+    assert rating.read(seen._replace(frequencies=frequencies)).shape == (1, 39)
+    axes = layout._replace(axes=layout.position[..., None].expand(-1, -1, 3))
+    for without in (seen, seen._replace(frequencies=frequencies, layout=axes)):
+        with pytest.raises(ModelError, match=r"sparsevlm: version v2 .* use v1.5"):
+            rating.read(without)
 
 
 def test_what_does_not_fit_is_refused():

@@ -8,6 +8,7 @@ from vlm.models.program.attach import attach
 from vlm.models.program.budget import Budget
 from vlm.models.program.calibrate import first_safe_layer
 from vlm.models.program.decode import generate
+from vlm.models.program.program import Select
 from vlm.models.pruners.vtw import Vtw
 
 
@@ -59,6 +60,7 @@ def test_a_prompt_that_ends_with_its_image_keeps_the_token_that_asks(make_model,
 
 def layer_of(facts, **options):
     ((site, op),) = Vtw(**options).program(facts)
+    assert isinstance(op, Select)
     assert op.keep.of(576) == 0
     return site.layer
 
