@@ -41,7 +41,7 @@ class Stream(NamedTuple):
         """The stream of a batch whose row i is row ``index[i]`` of this one, which stays as it is."""
         cache = copy(self.cache)
         cache.layers = [copy(layer) for layer in cache.layers]
-        cache.reorder_cache(index)
+        cache.reorder_cache(index)  # type: ignore[arg-type]
         return Stream(cache, self.run.take_rows(index))
 
     def truncate(self, count: int) -> None:

@@ -85,6 +85,14 @@ class Family:
         """Which tokens of each image stay when ``marks`` are the patches that stay."""
         return list(marks)
 
+    def whole_image(self, images: Sequence[int]) -> int:
+        """Which of a sample's images in the layout shows its first image whole."""
+        return images[0]
+
+    def whole_view(self, rows: int, cols: int) -> tuple[int, int, int]:
+        """Of an image's grid of rows x cols: the first row, the rows and the columns that show it whole."""
+        return 0, rows, cols
+
     def pictures(self, media: Mapping[str, Tensor]) -> list[Picture]:
         """The images of a batch in reading order; ``media`` are the processor's tensors about images."""
         raise NotImplementedError

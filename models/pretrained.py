@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 
-from vlm.models.base import BaseVlm, pixel_seed
+from vlm.models.base import BaseVlm, Overview, pixel_seed
 from vlm.models.errors import ModelError
 from vlm.models.family import Picture, find_family
 from vlm.models.processing import PER_TOKEN
@@ -84,6 +84,10 @@ class PretrainedVlm(BaseVlm):
         return self.model.get_decoder()
 
     @property
+    def head(self) -> Any:
+        return self.model.get_output_embeddings()
+
+    @property
     def places(self) -> Mapping[str, Sequence[str]]:
         return {role: [f"model.{place}" for place in places] for role, places in self.family.places.items()}
 
@@ -125,6 +129,15 @@ class PretrainedVlm(BaseVlm):
         media = {name: value for name, value in batch.items() if name not in PER_TOKEN and isinstance(value, Tensor)}
         visual = (tokens == self.family.image_token) & valid
         return PretrainedInputs(tokens, valid, visual, media, batch.get("token_type_ids"), keys)
+
+    def overview(self, layout: Layout, sample: int) -> Overview | None:
+        shown = layout.image[sample][layout.visual[sample]]
+        if not len(shown):
+            return None
+        image = self.family.whole_image(shown.unique().tolist())
+        mine = layout.visual[sample] & (layout.image[sample] == image)
+        rows, cols = (int(places[sample][mine].max()) + 1 for places in (layout.row, layout.col))
+        return Overview(image, *self.family.whole_view(rows, cols))
 
     def visual_counts(self, inputs: PretrainedInputs) -> Int[Tensor, " batch"]:
         return inputs.visual.sum(1)
@@ -234,9 +247,9 @@ class PretrainedVlm(BaseVlm):
         return super()._tag(run) | ({RUN: run} if run.deep else {})
 
 
-def load_pretrained(name: str | os.PathLike[str]) -> PretrainedVlm:
+def load_pretrained(name: str | os.PathLike[str], meta: bool = False) -> PretrainedVlm:
     """A vision-language model of a folder or a hub name, in eval mode, with the attention that Transformers picks
-    (sdpa where the family has it).
+    (sdpa where the family has it). On the meta device it is made of its config alone, without weights.
 
     Raises ModelError when there is none or its family is not one of ours.
     """
@@ -245,6 +258,9 @@ def load_pretrained(name: str | os.PathLike[str]) -> PretrainedVlm:
     except (OSError, ValueError) as error:
         raise ModelError(f"model: no checkpoint at {str(name)!r}: {str(error).splitlines()[0]}") from None
     find_family(config.model_type)  # before gigabytes are read
+    if meta:
+        with torch.device("meta"):
+            return PretrainedVlm(AutoModelForImageTextToText.from_config(config)).eval()
     try:
         model = AutoModelForImageTextToText.from_pretrained(name)
     except (OSError, ValueError) as error:

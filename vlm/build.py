@@ -1,5 +1,6 @@
 """From a recipe to the objects it names: model, tokenizer, encoder of samples, data."""
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -9,21 +10,29 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from vlm.create import create
+from vlm.data.batch import collate
 from vlm.data.chat import TEMPLATES, ChatEncoder
 from vlm.data.images import ImageTransform
 from vlm.models.language import build_language, load_language, load_tokenizer
+from vlm.models.lora import Lora, adapt
+from vlm.models.pretrained import PretrainedVlm, load_pretrained
+from vlm.models.processing import load_processor
 from vlm.models.program.decode import Decoder
 from vlm.models.program.program import Program
 from vlm.models.program.signals import Facts
 from vlm.models.splice import IMAGE_TOKEN
 from vlm.models.vision_language import VisionLanguageModel
+from vlm.processed import CollateProcessed, ProcessorEncoder, stop_tokens
 from vlm.recipe import Recipe, RecipeError
 from vlm.recipe.schema import Comparison
 
 
 def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The tokenizer that the recipe names; that of its language model when it names none."""
+    """The tokenizer that the recipe names; that of its language model or checkpoint when it names none."""
+    if recipe.model.origin is not None:
+        return load_processor(recipe.model.origin.name).tokenizer
     language = recipe.model.language
+    assert language is not None  # the schema asks for it
     name = language.tokenizer or language.name
     assert name is not None  # the schema asks for one of them
     return load_tokenizer(name)
@@ -40,18 +49,63 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return found if isinstance(found, int) else 0
 
 
-def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, meta: bool = False) -> VisionLanguageModel:
-    """The composed model with the recipe's seed; on the meta device (no memory, no weights) for planning."""
+def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, meta: bool = False) -> Any:
+    """The recipe's model, composed with its seed or from a checkpoint, with the adapters that its stages train; on the
+    meta device (no memory, no weights) for planning.
+
+    It is a :class:`VisionLanguageModel` or a :class:`PretrainedVlm`. Raises ModelError when it cannot be built.
+    """
+    model = _composed(recipe, tokenizer, meta) if recipe.model.origin is None else _pretrained(recipe, meta)
+    model.tokenize = partial(_token_ids, tokenizer)
+    torch.manual_seed(recipe.seed)  # of the adapters, whatever was drawn before
+    with torch.device("meta") if meta else nullcontext():
+        for role, lora in adapters_of(recipe).items():
+            adapt(model.parts[role], role, lora, model.head)
+    return model
+
+
+def adapters_of(recipe: Recipe) -> dict[str, Lora]:
+    """The adapter of each part that a stage trains with lora; stages agree on it."""
+    found = [(role, training.adapter) for stage in recipe.stages for role, training in stage.train.items()]
+    return {role: Lora(*adapter) for role, adapter in found if adapter is not None}
+
+
+def _composed(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, meta: bool) -> VisionLanguageModel:
+    spec = recipe.model
+    assert spec.vision is not None and spec.connector is not None  # the schema asks for them
     torch.manual_seed(recipe.seed)
     with torch.device("meta") if meta else nullcontext():
-        vision: Any = create("vision", recipe.model.vision)
+        vision: Any = create("vision", spec.vision)
         language = _language(recipe, tokenizer, meta)
         connector: Any = create(
-            "connector", recipe.model.connector, vision_dim=vision.dim, language_dim=language.config.hidden_size
+            "connector", spec.connector, vision_dim=vision.dim, language_dim=language.config.hidden_size
         )
-        model = VisionLanguageModel(vision, connector, language, recipe.model.image.tiles)
-    model.tokenize = partial(_token_ids, tokenizer)
+        return VisionLanguageModel(vision, connector, language, spec.image.tiles)
+
+
+def _pretrained(recipe: Recipe, meta: bool) -> PretrainedVlm:
+    """The checkpoint. Weights that train are kept in float32; with ``precision: bf16`` the others are in bfloat16."""
+    assert recipe.model.origin is not None
+    model = load_pretrained(recipe.model.origin.name, meta=meta)
+    trained = {role for stage in recipe.stages for role, how in stage.train.items() if how.lora is None}
+    half = recipe.run.precision == "bf16"
+    for role, part in model.parts.items():
+        _cast(part.parameters(), torch.bfloat16 if half and role not in trained else torch.float32)
     return model
+
+
+def for_evaluation(recipe: Recipe, model: Any) -> Any:
+    """The trained model where it is evaluated. A checkpoint's, with ``precision: bf16``, is in bfloat16 altogether:
+    outside of training nothing casts between its parts."""
+    if recipe.model.origin is not None and recipe.run.precision == "bf16":
+        _cast(model.parameters(), torch.bfloat16)
+    return model.to(device()).eval()
+
+
+def _cast(parameters: Iterable[torch.nn.Parameter], dtype: torch.dtype) -> None:
+    """Weights alone: buffers such as the frequencies of rotary positions must stay exact."""
+    for parameter in parameters:
+        parameter.data = parameter.data.to(dtype)
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -61,6 +115,7 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def _language(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, meta: bool) -> Any:
     spec = recipe.model.language
+    assert spec is not None
     if spec.use == "config":
         return build_language(spec.config or {}, len(tokenizer))
     if meta:
@@ -69,18 +124,29 @@ def _language(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, meta: bool) ->
 
 
 def build_encoder(
-    recipe: Recipe, model: VisionLanguageModel, tokenizer: PreTrainedTokenizerBase, drop_image: float = 0.0
-) -> ChatEncoder:
+    recipe: Recipe, model: Any, tokenizer: PreTrainedTokenizerBase, drop_image: float = 0.0
+) -> ChatEncoder | ProcessorEncoder:
     """What turns a sample into token ids and pixels for this model."""
+    spec = recipe.model
+    if spec.origin is not None:
+        processor = load_processor(spec.origin.name)
+        stops = stop_tokens(spec.origin.name, processor)
+        return ProcessorEncoder(processor, model.family.image_token, stops, spec.max_tokens, drop_image)
     image = model.vision.image
     size, seen = (image.size, image.size), recipe.model.image
     transform = ImageTransform(size, image.mean, image.std, seen.resize, image.interpolation, seen.tiles)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise RecipeError(f"model.language.tokenizer: expected a fast tokenizer; found {type(tokenizer).__name__}")
-    name = recipe.model.template
-    if name not in TEMPLATES:
-        raise RecipeError(f"model.template: expected one of {', '.join(TEMPLATES)}; found {name!r}")
-    return ChatEncoder(tokenizer, TEMPLATES[name], IMAGE_TOKEN, transform, recipe.model.max_tokens, drop_image)
+    if spec.template not in TEMPLATES:
+        raise RecipeError(f"model.template: expected one of {', '.join(TEMPLATES)}; found {spec.template!r}")
+    return ChatEncoder(tokenizer, TEMPLATES[spec.template], IMAGE_TOKEN, transform, spec.max_tokens, drop_image)
+
+
+def build_collate(encoder: ChatEncoder | ProcessorEncoder, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """What makes a batch of the encoder's examples; picklable, for the workers of the stream."""
+    if isinstance(encoder, ProcessorEncoder):
+        return CollateProcessed(pad_id(tokenizer), encoder.image_id)
+    return partial(collate, pad_id=pad_id(tokenizer))
 
 
 def program_of(row: Comparison, facts: Facts) -> Program:

@@ -3,22 +3,26 @@
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from vlm.build import build_model, build_tokenizer, decoder_of, program_of
 from vlm.create import check as check_methods
+from vlm.create import create
 from vlm.data.index import load_manifest
 from vlm.data.stream import legal_worlds
 from vlm.evaluation.forecast import forecast
+from vlm.models.base import BaseVlm
 from vlm.models.errors import ModelError
+from vlm.models.lora import adapters, is_adapter
 from vlm.models.program.attach import check
 from vlm.models.program.decode import Decoder, check_decoder
 from vlm.models.program.program import Program
 from vlm.models.program.schedule import TEXT
 from vlm.models.program.signals import Facts
-from vlm.models.vision_language import VisionLanguageModel
 from vlm.recipe import Recipe, RecipeError
-from vlm.recipe.schema import Comparison
-from vlm.training.module import PARTS
+from vlm.recipe.schema import Comparison, Training
+
+EXAMPLE = 1024  # visual tokens of the image that costs are told for where their number depends on the image
 
 
 def programs_of(recipe: Recipe, facts: Facts) -> dict[str, Program]:
@@ -64,13 +68,38 @@ def plan(recipe: Recipe) -> str:
     return "\n".join([*lines, "", *_batches(recipe)])
 
 
-def _model(recipe: Recipe) -> VisionLanguageModel:
-    model = build_model(recipe, build_tokenizer(recipe), meta=True)
+def _model(recipe: Recipe) -> BaseVlm:
+    # The vocabulary of a checkpoint is in its config; a new language model gets that of its tokenizer.
+    tokenizer: Any = None if recipe.model.origin is not None else build_tokenizer(recipe)
+    model = build_model(recipe, tokenizer, meta=True)
     for stage in recipe.stages:
-        for part in stage.train:
-            if not any(True for _ in getattr(model, part).parameters()):
-                raise RecipeError(f"stage {stage.name}: train.{part}: expected a part with parameters, found none")
+        for role in stage.train:
+            if not model.parts[role].parameters():
+                raise RecipeError(f"stage {stage.name}: train.{role}: expected a part with parameters, found none")
+        if recipe.model.origin is not None and getattr(create("objective", stage.objective), "composed_only", False):
+            objective = stage.objective
+            raise RecipeError(
+                f"{objective.where or stage.name}: objective {objective.use} trains a part of a composed model by "
+                "itself; found model.from"
+            )
+    _check_lengths(recipe, model)
     return model
+
+
+def _check_lengths(recipe: Recipe, model: BaseVlm) -> None:
+    """Refuse what can fit no image, and a number of tokens where a share is needed."""
+    most, full, prune = recipe.model.max_tokens, model.visual_tokens, recipe.prune
+    if recipe.model.origin is not None and most is not None and full is not None and most <= full:
+        raise RecipeError(
+            f"model.max_tokens: expected more than the {full} visual tokens of an image, which are never cut; "
+            f"found {most}"
+        )
+    if prune is not None and prune.schedule is not None and recipe.stages and model.most_visual_tokens is None:
+        if create("prune", prune).keep.tokens:
+            raise RecipeError(
+                f"{prune.where or 'prune'}: keep: expected a share such as 25%, because prune.schedule comes down from "
+                "a share and the visual tokens of this model depend on the image; found a number"
+            )
 
 
 def _sources_exist(recipe: Recipe) -> bool:
@@ -79,7 +108,7 @@ def _sources_exist(recipe: Recipe) -> bool:
 
 def _tokenizer_exists(recipe: Recipe) -> bool:
     language = recipe.model.language
-    return language.tokenizer is None or Path(language.tokenizer).exists()
+    return language is None or language.tokenizer is None or Path(language.tokenizer).exists()
 
 
 def _data_to_make(recipe: Recipe) -> list[str]:
@@ -96,28 +125,43 @@ def _data(recipe: Recipe) -> list[str]:
     return table(rows)
 
 
-def _parts(recipe: Recipe, model: VisionLanguageModel) -> list[str]:
-    """The audit of parts: parameters, and per stage the learning rate or that the part is frozen."""
+def _parts(recipe: Recipe, model: BaseVlm) -> list[str]:
+    """The audit of parts: parameters without adapters, and per stage what of them trains and how fast."""
     rows = [("part", "parameters", *(stage.name for stage in recipe.stages))]
-    for part in PARTS:
-        count = sum(p.numel() for p in getattr(model, part).parameters())
+    total, trained, half = 0, [0] * len(recipe.stages), 0
+    for role, part in model.parts.items():
+        own = sum(p.numel() for name, p in part.named_parameters() if not is_adapter(name))
+        added = sum(p.numel() for _, p in adapters(part))
+        ever = False
         cells = []
-        for stage in recipe.stages:
-            training = stage.train.get(part)  # type: ignore[call-overload]
-            decay = f", decay {training.weight_decay:g}" if training and training.weight_decay else ""
-            cells.append(f"lr {training.lr:g}{decay}" if training else "frozen")
-        rows.append((part, f"{count:,}", *cells))
-    total = sum(p.numel() for p in model.parameters())
-    trained = max(
-        sum(p.numel() for part in stage.train for p in getattr(model, part).parameters()) for stage in recipe.stages
-    )
-    memory = (4 * total + 12 * trained) / 2**20  # fp32 weights; gradient and AdamW's two moments of trained ones
-    return [*table(rows), f"Weights, gradients and optimizer: {memory:,.1f} MiB in fp32 on each device (ddp)."]
+        for number, stage in enumerate(recipe.stages):
+            training = stage.train.get(role)  # type: ignore[call-overload]  # a role is one of the keys
+            cells.append(_how(training, added))
+            if training is not None:
+                trained[number] += added if training.lora else own
+                ever = ever or not training.lora
+        total += own + added
+        half += 0 if ever else own
+        rows.append((role, f"{own:,}", *cells))
+    in_bf16 = recipe.model.origin is not None and recipe.run.precision == "bf16"
+    # fp32 weights (frozen ones of a checkpoint in bf16); gradient and AdamW's two moments of trained ones
+    memory = (4 * total - (2 * half if in_bf16 else 0) + 12 * max(trained, default=0)) / 2**20
+    note = "frozen weights in bf16, the others in fp32," if in_bf16 else "in fp32"
+    return [*table(rows), f"Weights, gradients and optimizer: {memory:,.1f} MiB {note} on each device (ddp)."]
 
 
-def _programs(recipe: Recipe, model: VisionLanguageModel) -> list[str]:
+def _how(training: Training | None, added: int) -> str:
+    """How a part trains in a stage, as a cell of the audit."""
+    if training is None:
+        return "frozen"
+    lora = f"lora {training.lora} ({added:,} parameters), " if training.lora else ""
+    decay = f", decay {training.weight_decay:g}" if training.weight_decay else ""
+    return f"{lora}lr {training.lr:g}{decay}"
+
+
+def _programs(recipe: Recipe, model: BaseVlm) -> list[str]:
     """Visual tokens per image before and after each program, and what its prefill costs against plain."""
-    facts, full = model.facts, model.most_visual_tokens
+    facts, full = model.facts, model.most_visual_tokens or EXAMPLE
     assert facts.shape is not None  # every model of ours tells it
     plain = forecast((), full, facts.shape)
     rows = [
@@ -131,10 +175,20 @@ def _programs(recipe: Recipe, model: VisionLanguageModel) -> list[str]:
         counts = [f"{mark}{runs(found.main.visual)}", f"{mark}{found.main.average:.1f}", f"{found.main.final:g}"]
         shares = [f"{found.flops / plain.flops:.2f}", f"{found.kv_bytes / plain.kv_bytes:.2f}"]
         rows.append((title, *counts, *shares))
-    tiles = f"; at most: the whole image and {model.max_tiles} tiles" if model.max_tiles else ""
     costs = f"prefill FLOPs and KV bytes against plain, {TEXT} text tokens"
-    note = f"Per image {full} visual tokens before any cut{tiles}; {costs}."
+    note = f"{_before(model, full)}; {costs}."
     return [*table(rows), note, *(["<= where a pruner itself decides how many tokens stay."] if most else [])]
+
+
+def _before(model: BaseVlm, full: int) -> str:
+    """How many visual tokens an image has before any cut."""
+    if model.most_visual_tokens is None:
+        return f"Visual tokens per image: depends on the image; the table is of one with {full}"
+    if model.visual_tokens is None:
+        return (
+            f"Per image {full} visual tokens before any cut at most: the whole image and as many tiles as it may have"
+        )
+    return f"Per image {full} visual tokens before any cut"
 
 
 def runs(counts: Sequence[float]) -> str:

@@ -72,7 +72,8 @@ def stop_tokens(name: str, processor: Any) -> tuple[int, ...]:
     except OSError:
         found = None  # a checkpoint need not have one
     named = found if isinstance(found, list) else [found]
-    stops = [stop for stop in dict.fromkeys([tokenizer.eos_token_id, *named]) if isinstance(stop, int)]
+    given = [stop for stop in dict.fromkeys([tokenizer.eos_token_id, *named]) if isinstance(stop, int)]
+    stops = [stop for stop in given if tokenizer.convert_ids_to_tokens(stop) is not None]  # of this vocabulary
     if not stops:
         raise ModelError(f"model.from: {name!r} has no end-of-text token, so answers could not end")
     if processor.chat_template is None:

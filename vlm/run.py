@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from vlm.build import build_model, build_tokenizer, device, make_data
+from vlm.build import build_model, build_tokenizer, for_evaluation, make_data
 from vlm.evaluation.evaluate import evaluate
 from vlm.plan import programs_of, table
 from vlm.progress import Progress
@@ -24,11 +24,12 @@ PARTS = ("data", "train", "evaluate", "report")
 def run(recipe: Recipe, parts: Sequence[str] = PARTS) -> None:
     """Do the named parts of a recipe, in order; with several processes all train, the first does the rest.
 
-    A recipe with ``run.weights`` is evaluated and reported, with the weights of the run that it names.
+    A recipe with ``run.weights`` is evaluated and reported, with the weights of the run that it names; so is one
+    without stages, with those of its checkpoint.
     Raises RecipeError, DataError, ModelError or TrainingError with one line for the user.
     """
     folder = Path(recipe.run.dir)
-    if recipe.run.weights is not None:
+    if recipe.run.weights is not None or not recipe.stages:
         parts = _without_training(recipe, parts)
     if "data" in parts and recipe.data.make is not None:
         _make_once(recipe, folder / ".data-made")
@@ -41,6 +42,8 @@ def run(recipe: Recipe, parts: Sequence[str] = PARTS) -> None:
 def _without_training(recipe: Recipe, parts: Sequence[str]) -> list[str]:
     """The parts that are left when another run did the training; its weights must be there before anything begins."""
     if "train" in parts and "evaluate" not in parts:
+        if not recipe.stages:
+            raise RecipeError("stages: there are none, so nothing trains; `vlm evaluate` judges model.from as it is")
         instead = f"evaluates {recipe.run.weights} and trains nothing; set run.weights=null to train"
         raise RecipeError(f"run.weights: this recipe {instead}")
     if "evaluate" in parts:
@@ -85,11 +88,11 @@ def _train_and_evaluate(recipe: Recipe, folder: Path, parts: Sequence[str]) -> N
         train(recipe, model, tokenizer)
     if "evaluate" in parts and is_first_rank():
         weights = trained_weights(recipe, model)
-        if recipe.run.weights is not None:  # the folder of a run that trains has it from there
+        if recipe.run.weights is not None or not recipe.stages:  # the folder of a run that trains has it from there
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "recipe.yaml").write_text(recipe.to_yaml())
         print(f"Evaluating {weights}")  # the newest checkpoint, be it of a run that is not done yet
-        evaluate(recipe, model.to(device()), tokenizer, weights)
+        evaluate(recipe, for_evaluation(recipe, model), tokenizer, weights)
         print("\n".join(found(folder)))
 
 

@@ -22,6 +22,9 @@ class Idefics3(Family):
         "language": ("model.text_model", "lm_head"),
     }
 
+    def whole_image(self, images: Sequence[int]) -> int:
+        return images[-1]  # of a sample with one image; tiles of several cannot be told apart
+
     def pictures(self, media: Mapping[str, Tensor]) -> list[Picture]:
         pixels = media["pixel_values"]  # [B,tiles,3,H,W], rows filled with tiles of zeros
         found = self.model.model.get_image_features(pixels, media.get("pixel_attention_mask"), return_dict=True)

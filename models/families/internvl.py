@@ -19,6 +19,9 @@ class InternVl(Family):
 
     model_types: ClassVar[tuple[str, ...]] = ("internvl",)
 
+    def whole_view(self, rows: int, cols: int) -> tuple[int, int, int]:
+        return rows - cols, cols, cols  # square tiles, the whole image last
+
     def pictures(self, media: Mapping[str, Tensor]) -> list[Picture]:
         pixels = media["pixel_values"]  # [tiles,3,H,W]
         found = self.model.model.get_image_features(pixels, return_dict=True).pooler_output

@@ -34,6 +34,10 @@ class LlavaNext(Family):
     def idle(self) -> Sequence[str]:
         return after_features(self.model)
 
+    def whole_view(self, rows: int, cols: int) -> tuple[int, int, int]:
+        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
+        return 0, side, side
+
     def pictures(self, media: Mapping[str, Tensor]) -> list[Picture]:
         pixels, sizes = media["pixel_values"], media["image_sizes"]  # [N,P,3,H,W], [N,2]
         more: dict[str, Any] = {name: media[name] for name in self.also if name in media}

@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,8 +12,10 @@ from vlm.data.chat import ChatEncoder
 from vlm.data.decode import decode_image
 from vlm.data.images import Views
 from vlm.data.schema import Part
+from vlm.models.pretrained import PretrainedInputs
 from vlm.models.program.decode import Decoder, generate
-from vlm.models.vision_language import Inputs, VisionLanguageModel
+from vlm.models.vision_language import Inputs
+from vlm.processed import ProcessorEncoder
 from vlm.training.loss import inputs_of
 
 IMAGE_CACHE_BYTES = 256 * 2**20
@@ -39,9 +41,9 @@ class Asker:
 
     def __init__(
         self,
-        model: VisionLanguageModel,
+        model: Any,
         tokenizer: PreTrainedTokenizerBase,
-        encoder: ChatEncoder,
+        encoder: ChatEncoder | ProcessorEncoder,
         read: Callable[[str], bytes],
         batch: int,
         decoder: Decoder | None = None,
@@ -54,19 +56,25 @@ class Asker:
     @property
     def stop(self) -> int:
         """The token that ends an answer."""
+        if isinstance(self.encoder, ProcessorEncoder):
+            return self.encoder.stops[0]
         end = self.tokenizer.eos_token_id
         assert isinstance(end, int)  # load_tokenizer refuses a tokenizer without one
         return end
 
-    def inputs(self, prompts: Sequence[Prompt]) -> Inputs:
+    def inputs(self, prompts: Sequence[Prompt]) -> Inputs | PretrainedInputs:
         """The prompts as one batch."""
+        device = next(self.model.parameters()).device
+        if isinstance(self.encoder, ProcessorEncoder):
+            batch = self.encoder.ask([(prompt.image, [self.read(prompt.image)], prompt.text) for prompt in prompts])
+            moved = {name: value.to(device) for name, value in batch.items()}
+            return self.model.inputs(moved, [prompt.image for prompt in prompts])
         examples = []
         for prompt in prompts:
             tokens = self.encoder.prompt((Part("image", ref=0), Part("text", prompt.text)))
             seen = self._image(prompt.image)
             tiles = () if seen.tiles is None else (seen.tiles,)
             examples.append(Example(prompt.image, tokens, [0.0] * len(tokens), seen.pixels, (), 0, tiles))
-        device = next(self.model.parameters()).device
         return inputs_of(collate(examples, pad_id(self.tokenizer)).to(device))
 
     def __call__(self, prompts: Sequence[Prompt], tick: Callable[[int], None]) -> dict[Prompt, str]:
@@ -86,11 +94,12 @@ class Asker:
     def generate(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """The tokens that answer each prompt of one batch, which have one limit."""
         limit = prompts[0].max_new_tokens
-        return generate(
-            self.model, self.inputs(prompts), max_new_tokens=limit, stop=self.stop, decoder=self.decoder
-        )
+        found = generate(self.model, self.inputs(prompts), max_new_tokens=limit, stop=self.stop, decoder=self.decoder)
+        others = self.encoder.stops[1:] if isinstance(self.encoder, ProcessorEncoder) else ()
+        return [_until(tokens, others) for tokens in found]
 
     def _image(self, key: str) -> Views:
+        assert isinstance(self.encoder, ChatEncoder)
         if key in self._seen:
             self._seen.move_to_end(key)
             return self._seen[key]
@@ -100,3 +109,8 @@ class Asker:
         while self._bytes > IMAGE_CACHE_BYTES:
             self._bytes -= self._seen.popitem(last=False)[1].pixels.nbytes
         return views
+
+
+def _until(tokens: list[int], others: Sequence[int]) -> list[int]:
+    """An answer up to the first of the rarer tokens that end one."""
+    return tokens[: next((place for place, token in enumerate(tokens) if token in others), len(tokens))]

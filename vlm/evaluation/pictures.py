@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,40 +11,42 @@ from torch import Tensor
 
 from vlm.build import program_of
 from vlm.evaluation.answer import Asker, Prompt
+from vlm.models.base import BaseVlm, Overview
 from vlm.models.program.attach import attach
 from vlm.models.program.decode import open_streams
 from vlm.models.program.layout import Layout
 from vlm.models.program.program import Program, Tap, attn
 from vlm.models.program.signals import Received
-from vlm.models.vision_language import VisionLanguageModel
 from vlm.recipe import Recipe
 
 
 class Gaze:
     """Attention of the answer's rows to each visual token, summed over layers and generated tokens.
 
-    Of an image that comes in tiles only the tokens of its whole view are counted.
+    frames: where each sample's image is shown whole; tokens of tiles are not counted.
     """
 
-    def __init__(self, rows: int, grid: tuple[int, int]) -> None:
-        self.heat = torch.zeros(rows, grid[0] * grid[1])
-        self.grid = grid
+    def __init__(self, frames: Sequence[Overview | None]) -> None:
+        self.frames = frames
+        self.heat = [torch.zeros(frame.rows * frame.cols if frame else 0) for frame in frames]
 
     def __call__(self, value: Tensor, layout: Layout) -> None:
-        visual = layout.visual & (layout.row < self.grid[0])  # tiles stand below the whole image
-        place = (layout.row * self.grid[1] + layout.col).masked_fill(~visual, 0)
-        row = layout.sample.amax(1)  # of the batch; several beams may be of one row, each counts for its share
-        share = value * visual / row.bincount(minlength=len(self.heat))[row][:, None]
-        self.heat.index_put_((row[:, None].cpu(), place.cpu()), share.float().cpu(), accumulate=True)
+        owner = layout.sample.amax(1)  # of the batch; several beams may be of one row, each counts for its share
+        share = 1.0 / owner.bincount(minlength=len(self.heat))
+        for row, sample in enumerate(owner.tolist()):
+            if (frame := self.frames[sample]) is not None:
+                shown, place = frame.places(layout, row)
+                seen = (value[row] * shown * share[sample]).float().cpu()
+                self.heat[sample].scatter_add_(0, place.cpu(), seen)
 
     def taps(self, layers: int) -> Program:
         return tuple((attn(layer), Tap(Received(layer), self)) for layer in range(layers))
 
 
-def kept_places(layout: Layout, row: int, grid: tuple[int, int]) -> list[int]:
-    """Raster indices of the visual tokens of one row of a layout, in the whole view where an image comes in tiles."""
-    visual = layout.visual[row] & (layout.row[row] < grid[0])
-    return (layout.row[row] * grid[1] + layout.col[row])[visual].tolist()
+def kept_places(layout: Layout, row: int, frame: Overview) -> list[int]:
+    """Raster indices of the visual tokens of one row of a layout, where its image is shown whole."""
+    shown, place = frame.places(layout, row)
+    return place[shown].tolist()
 
 
 @torch.inference_mode()
@@ -51,7 +54,7 @@ def draw_pictures(
     recipe: Recipe,
     rows: tuple[Any, ...],
     benches: list[Any],
-    model: VisionLanguageModel,
+    model: BaseVlm,
 ) -> dict[str, Any]:
     """The first pictures of the first benchmark that asks for descriptions, seen under every row."""
     bench = next((bench for bench in benches if hasattr(bench.benchmark, "mentions")), None)
@@ -59,7 +62,9 @@ def draw_pictures(
         return {"items": []}
     chosen = list(range(min(recipe.evaluate.pictures, len(bench.questions))))
     prompts = [bench.prompts[i] for i in chosen]
-    views = [_view(row, model, bench, prompts, program_of(row, model.facts)) for row in rows]
+    whole = model.prefill(bench.ask.inputs(prompts))[1].run.layouts[0]
+    frames = [model.overview(whole, sample) for sample in range(len(prompts))]
+    views = [_view(row, model, bench, prompts, frames, program_of(row, model.facts)) for row in rows]
     items = []
     for i in chosen:
         question = bench.questions[i]
@@ -73,12 +78,11 @@ def draw_pictures(
 
 
 def _view(
-    row: Any, model: VisionLanguageModel, bench: Any, prompts: list[Prompt], program: Program
+    row: Any, model: BaseVlm, bench: Any, prompts: list[Prompt], frames: Sequence[Overview | None], program: Program
 ) -> list[dict[str, Any]]:
     asker: Asker = bench.ask
     inputs = asker.inputs(prompts)
-    grid = model.visual_grid
-    gaze = Gaze(len(prompts), grid)
+    gaze = Gaze(frames)
     with attach(model, program + gaze.taps(model.facts.layers)):
         tokens = asker.generate(prompts)
         layout = open_streams(model, inputs)[1]["main"].run.last
@@ -87,13 +91,13 @@ def _view(
     return [
         {
             "label": row.title,
-            "grid": list(grid),
-            "kept": kept_places(layout, i, grid) if cut else None,
+            "grid": [frame.rows, frame.cols] if frame else [1, 1],
+            "kept": kept_places(layout, i, frame) if cut and frame else None,
             "heat": gaze.heat[i].tolist(),
             "answer": answer,
             "mentions": bench.benchmark.mentions(bench.questions[i].id, answer),
         }
-        for i, answer in enumerate(answers)
+        for i, (answer, frame) in enumerate(zip(answers, frames, strict=True))
     ]
 
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import nn
 
 from vlm.data.batch import Batch
-from vlm.models.vision_language import VisionLanguageModel
+from vlm.models.base import BaseVlm
 from vlm.training.loss import Loss, inputs_of
 
 
@@ -18,13 +18,13 @@ class Chat:
     verified: ClassVar[str] = "definition"
     per: ClassVar[str] = "token"
 
-    def build(self, model: VisionLanguageModel, tags: tuple[str, ...]) -> nn.Module:
+    def build(self, model: BaseVlm, tags: tuple[str, ...]) -> nn.Module:
         return ChatLoss()
 
 
 class ChatLoss(nn.Module):
     """It has no parameters of its own."""
 
-    def forward(self, model: VisionLanguageModel, batch: Batch) -> Loss:
+    def forward(self, model: BaseVlm, batch: Batch) -> Loss:
         out = model(inputs_of(batch), batch.weights)
         return Loss(out.loss, out.weight, {})

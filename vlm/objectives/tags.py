@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from vlm.data.batch import Batch
 from vlm.data.errors import DataError
+from vlm.models.base import BaseVlm
+from vlm.models.errors import ModelError
 from vlm.models.vision_language import VisionLanguageModel
 from vlm.training.loss import Loss
 
@@ -27,10 +29,13 @@ class Tags:
     source: ClassVar[str] = "multi-label pooling: Pinheiro and Collobert (CVPR 2015), section 3.2"
     verified: ClassVar[str] = "definition"
     per: ClassVar[str] = "sample"
+    composed_only: ClassVar[bool] = True
 
     prior: float = 1.0
 
-    def build(self, model: VisionLanguageModel, tags: tuple[str, ...]) -> nn.Module:
+    def build(self, model: BaseVlm, tags: tuple[str, ...]) -> nn.Module:
+        if not isinstance(model, VisionLanguageModel):
+            raise ModelError("objective tags: it trains the encoder of a composed model by itself; found model.from")
         if not tags:
             raise DataError("objective tags: the data has no tags; expected samples with a 'tags' list, found none")
         return TagsLoss(model.vision.dim, tags, self.prior)

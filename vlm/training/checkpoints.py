@@ -1,8 +1,10 @@
 """Writing, finding, checking and reading checkpoints."""
 
+import hashlib
 import os
 import re
 import struct
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
@@ -11,7 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch.plugins import CheckpointIO
 
-from vlm.models.vision_language import VisionLanguageModel
+from vlm.models.base import BaseVlm
+from vlm.models.lora import is_adapter
+from vlm.recipe import Recipe
 from vlm.training.errors import TrainingError
 
 NAME = re.compile(r"stage(\d+)-(.+)-step(\d{8})\.ckpt")
@@ -154,13 +158,49 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {key: value for name, part in items for key, value in flat(part, f"{prefix}{name}.").items()}
 
 
-def load_weights(model: VisionLanguageModel, content: dict[str, Any], path: Path) -> None:
-    """Put a checkpoint's weights into ``model``. Raises TrainingError listing keys when it does not fit."""
+def untrained(recipe: Recipe, model: BaseVlm) -> frozenset[str]:
+    """Weights of a model ``from`` a checkpoint that no stage trains, by name; none of a composed model.
+
+    Checkpoints of ours leave them out: they are gigabytes that lie where they came from.
+    """
+    if recipe.model.origin is None:
+        return frozenset()
+    trained = {(role, how.lora is not None) for stage in recipe.stages for role, how in stage.train.items()}
+    found = set()
+    for name in model.state_dict():
+        role = next(role for role, part in model.parts.items() if part.owns(name))
+        if (role, is_adapter(name)) not in trained:
+            found.add(name)
+    return frozenset(found)
+
+
+def fingerprint(model: BaseVlm, names: Iterable[str]) -> str:
+    """A hash of a few numbers of each of these weights: other weights under the same name are told apart."""
+    state, digest = model.state_dict(), hashlib.sha256()
+    for name in sorted(names):
+        flat = state[name].flatten()
+        some = flat[:: max(1, len(flat) // 16)].float().cpu()
+        digest.update(f"{name} {tuple(state[name].shape)} {some.tolist()}".encode())
+    return digest.hexdigest()
+
+
+def load_weights(model: BaseVlm, content: dict[str, Any], path: Path) -> None:
+    """Put a checkpoint's weights into ``model``.
+
+    Raises TrainingError listing keys when it does not fit, or when what it leaves out is not what it was trained on.
+    """
     state = {
         key.removeprefix("model."): value for key, value in content["state_dict"].items() if key.startswith("model.")
     }
-    own = model.state_dict()
-    wrong = sorted({*state} ^ {*own} | {key for key in {*state} & {*own} if state[key].shape != own[key].shape})
+    own, base = model.state_dict(), content.get("base")
+    missing = {*own} - {*state}
+    wrong = {*state} - {*own} | {key for key in {*state} & {*own} if state[key].shape != own[key].shape}
+    wrong |= missing if base is None else set()
     if wrong:
-        raise TrainingError(f"checkpoint {path} does not fit the model: {len(wrong)} keys differ, first {wrong[0]}")
-    model.load_state_dict(state)
+        raise TrainingError(f"checkpoint {path} does not fit the model: {len(wrong)} keys differ, first {min(wrong)}")
+    if base is not None and base != fingerprint(model, missing):
+        raise TrainingError(
+            f"checkpoint {path} goes on top of the weights of model.from: expected those it was trained on, found "
+            "others under that name"
+        )
+    model.load_state_dict(state, strict=base is None)

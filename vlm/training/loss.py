@@ -1,13 +1,15 @@
 """What an objective returns, and how a batch enters the model."""
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from vlm.data.batch import Batch
-from vlm.models.vision_language import Inputs, VisionLanguageModel
+from vlm.models.base import BaseVlm
+from vlm.models.vision_language import Inputs
+from vlm.processed import ProcessedBatch
 
 
 class Loss(NamedTuple):
@@ -27,11 +29,13 @@ class Objective(Protocol):
 
     per: str
 
-    def build(self, model: VisionLanguageModel, tags: tuple[str, ...]) -> nn.Module: ...
+    def build(self, model: BaseVlm, tags: tuple[str, ...]) -> nn.Module: ...
 
 
-def inputs_of(batch: Batch) -> Inputs:
-    """The part of a batch that the model sees."""
+def inputs_of(batch: Batch) -> Any:
+    """The part of a batch that the model sees: :class:`Inputs`, or what a checkpoint's processor made."""
+    if isinstance(batch, ProcessedBatch):
+        return batch.inputs()
     place = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
     valid = place < batch.length[:, None]
     return Inputs(batch.tokens, valid, batch.images, batch.image_owner, batch.keys, batch.tiles)

@@ -1,6 +1,7 @@
 """The Lightning module: parts frozen or trained, one loss over the global batch, the program attached."""
 
 import math
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import replace
 from hashlib import sha256
@@ -11,15 +12,14 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from vlm.data.stream import MicroBatch
+from vlm.models.base import BaseVlm
+from vlm.models.lora import adapters
 from vlm.models.program.attach import attach
 from vlm.models.program.budget import Budget
-from vlm.models.vision_language import VisionLanguageModel
 from vlm.recipe.schema import KeepSchedule, Schedule, Stage
 from vlm.training.datamodule import gather
 from vlm.training.errors import TrainingError
 from vlm.training.loss import Loss
-
-PARTS = ("vision", "connector", "language")
 
 
 class TrainingModule(LightningModule):
@@ -35,11 +35,12 @@ class TrainingModule(LightningModule):
         keep_schedule: how the pruner's budget comes down during training.
         note: plain values that go into every checkpoint (recipe, versions, data hashes).
         seed: of dropout and whatever else is random in the model.
+        leave_out: weights that the run never changes and that are not saved, because they come from elsewhere.
     """
 
     def __init__(
         self,
-        model: VisionLanguageModel,
+        model: BaseVlm,
         objective: nn.Module,
         per: str,
         stage: Stage,
@@ -50,6 +51,7 @@ class TrainingModule(LightningModule):
         keep_schedule: KeepSchedule | None = None,
         note: dict[str, Any] | None = None,
         seed: int = 0,
+        leave_out: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.seed = seed
@@ -62,8 +64,13 @@ class TrainingModule(LightningModule):
         self.window: list[tuple[Tensor, list[str]]] = []  # loss and sample keys since the last optimizer step
         self._attached = ExitStack()
         self._methods: tuple[Any, ...] = ()
-        for part in PARTS:
-            getattr(model, part).requires_grad_(part in stage.train)
+        self.leave_out = {f"model.{name}" for name in leave_out}
+        self.strict_loading = not leave_out  # what is there is checked before Lightning loads it
+        for role, part in model.parts.items():
+            training = stage.train.get(role)  # type: ignore[call-overload]  # a role is one of the keys
+            part.requires_grad_(training is not None and training.lora is None)
+            for _, parameter in adapters(part):
+                parameter.requires_grad_(training is not None and training.lora is not None)
 
     def training_step(self, micro: MicroBatch, index: int) -> Tensor:
         accumulate = self.trainer.accumulate_grad_batches
@@ -104,7 +111,7 @@ class TrainingModule(LightningModule):
     def configure_optimizers(self) -> Any:
         groups = []
         for part, training in self.stage.train.items():
-            parameters = [p for p in getattr(self.model, part).parameters() if p.requires_grad]
+            parameters = [p for p in self.model.parts[part].parameters() if p.requires_grad]
             if part == next(iter(self.stage.train)):
                 parameters += list(self.objective.parameters())
             # Norms and biases (one-dimensional) are not decayed.
@@ -133,6 +140,7 @@ class TrainingModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint |= self.note
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in self.leave_out}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Lightning counts micro-batches; those of the steps done are as many as this layout would have taken."""
@@ -150,15 +158,18 @@ class TrainingModule(LightningModule):
     def _train_only_trained_parts(self) -> None:
         """Frozen parts run as in evaluation (no dropout, no batch statistics)."""
         self.model.train()
-        for part in PARTS:
-            getattr(self.model, part).train(part in self.stage.train)
+        for role, part in self.model.parts.items():
+            part.train(role in self.stage.train)
 
     def _methods_at(self, step: int) -> tuple[Any, ...]:
         """The methods of a training step; a keep schedule lowers the kept share step by step."""
         pruner, schedule = self.pruner, self.keep_schedule
         if pruner is not None and schedule is not None and step < schedule.over * self.steps:
             keep: Budget = pruner.keep
-            final = keep.tokens / self.model.most_visual_tokens if keep.tokens else keep.ratio or 1.0
+            final = keep.ratio or 1.0
+            if keep.tokens:
+                assert self.model.most_visual_tokens is not None  # the plan refuses such a schedule
+                final = keep.tokens / self.model.most_visual_tokens
             done = step / (schedule.over * self.steps)
             pruner = replace(pruner, keep=Budget(ratio=schedule.start + (final - schedule.start) * done))
         return tuple(method for method in (pruner, *self.mitigators) if method is not None)

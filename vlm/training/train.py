@@ -13,16 +13,14 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from transformers import PreTrainedTokenizerBase
 
-from vlm.build import build_encoder, pad_id
+from vlm.build import build_collate, build_encoder
 from vlm.create import create
-from vlm.data.batch import collate
-from vlm.data.chat import ChatEncoder
 from vlm.data.draw import Draw
 from vlm.data.errors import DataError
 from vlm.data.index import Manifest, load_manifest
 from vlm.data.store import Store
 from vlm.data.stream import BadSamplePolicy
-from vlm.models.vision_language import VisionLanguageModel
+from vlm.models.base import BaseVlm
 from vlm.progress import Progress
 from vlm.recipe import Recipe
 from vlm.recipe.schema import Stage
@@ -42,7 +40,7 @@ warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec", mod
 # Set in every process by a launcher from outside; Lightning's own launcher starts the others after the data are made.
 OUTSIDE_RANKS = ("RANK", "SLURM_PROCID")
 
-PACKAGES = ("torch", "transformers", "lightning", "timm", "webdataset", "vlm-recipes")
+PACKAGES = ("torch", "transformers", "peft", "lightning", "timm", "webdataset", "vlm-recipes")
 
 
 class Sources(NamedTuple):
@@ -73,7 +71,7 @@ def is_first_rank() -> bool:
     return next((int(os.environ[name]) for name in (*OUTSIDE_RANKS, "LOCAL_RANK") if name in os.environ), 0) == 0
 
 
-def train(recipe: Recipe, model: VisionLanguageModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def train(recipe: Recipe, model: BaseVlm, tokenizer: PreTrainedTokenizerBase) -> None:
     """Train every stage that is not done yet; ``model`` then holds the trained weights.
 
     Raises TrainingError for a checkpoint of another recipe, a full disk or a loss that is not finite.
@@ -114,7 +112,7 @@ def _clear(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def stage_steps(stage: Stage, global_batch: int, stores: list[Store], encoder: ChatEncoder) -> int:
+def stage_steps(stage: Stage, global_batch: int, stores: list[Store], encoder: Any) -> int:
     """Steps of a stage; a length in tokens counts the mean of the first 256 samples of each source."""
     if stage.steps is not None:
         return stage.steps
@@ -127,7 +125,7 @@ def stage_steps(stage: Stage, global_batch: int, stores: list[Store], encoder: C
     return max(1, round(stage.tokens / (mean * global_batch)))
 
 
-def _mean_tokens(store: Store, encoder: ChatEncoder) -> float:
+def _mean_tokens(store: Store, encoder: Any) -> float:
     """Mean length of the first samples of a source; unreadable ones are left to training, which counts them."""
     lengths = []
     for number in range(min(256, len(store))):
@@ -142,7 +140,7 @@ def _train_stage(
     recipe: Recipe,
     number: int,
     stage: Stage,
-    model: VisionLanguageModel,
+    model: BaseVlm,
     tokenizer: PreTrainedTokenizerBase,
     sources: Sources,
     resumed: checkpoints.Checkpoint | None,
@@ -157,7 +155,7 @@ def _train_stage(
     micro = recipe.run.micro_batch or global_batch // recipe.run.devices
     accumulate = global_batch // recipe.run.devices // micro
     objective: Any = create("objective", stage.objective)
-    prune = recipe.prune
+    prune, left_out = recipe.prune, checkpoints.untrained(recipe, model)
     module = TrainingModule(
         model,
         objective.build(model, sources.tags),
@@ -172,15 +170,17 @@ def _train_stage(
             "recipe": {"identity": recipe.identity(), "resolved": recipe.to_yaml(), "hash": recipe.hash()},
             "versions": versions(),
             "data": {name: manifest.hash for name, manifest in sources.manifests.items()},
+            **({"base": checkpoints.fingerprint(model, left_out)} if left_out else {}),
         },
         seed=recipe.seed + number,
+        leave_out=left_out,
     )
     tolerance = BadSamplePolicy(recipe.data.on_bad_sample.consecutive, recipe.data.on_bad_sample.skip)
     data = StageData(
         stores,
         list(stage.mix.values()),
         encoder,
-        Collate(pad_id(tokenizer)),
+        build_collate(encoder, tokenizer),
         {
             "global_batch": global_batch,
             "micro_batch": micro,
@@ -200,16 +200,6 @@ def _train_stage(
         torch.set_num_threads(threads)
     if trainer.interrupted:
         raise KeyboardInterrupt
-
-
-class Collate:
-    """Picklable collate for the workers of the stream."""
-
-    def __init__(self, pad_id: int) -> None:
-        self.pad_id = pad_id
-
-    def __call__(self, examples: list[Any]) -> Any:
-        return collate(examples, self.pad_id)
 
 
 def _trainer(
@@ -248,11 +238,14 @@ def _trainer(
 
 
 def find_weights(recipe: Recipe) -> Path:
-    """The checkpoint that is evaluated: the newest of the run, or what ``run.weights`` means.
+    """The checkpoint that is evaluated: the newest of the run, or what ``run.weights`` means; of a recipe without
+    stages what ``model.from`` names.
 
     Raises TrainingError when there is none.
     """
     other = recipe.run.weights
+    if not recipe.stages and recipe.model.origin is not None:
+        return Path(recipe.model.origin.name)
     if other is not None and Path(other).suffix == ".ckpt":
         return checkpoints.point_of(Path(other), "run.weights").path
     folder = Path(other or recipe.run.dir) / "checkpoints"
@@ -263,12 +256,14 @@ def find_weights(recipe: Recipe) -> Path:
     return point.path
 
 
-def trained_weights(recipe: Recipe, model: VisionLanguageModel) -> Path:
+def trained_weights(recipe: Recipe, model: BaseVlm) -> Path:
     """Load the checkpoint of :func:`find_weights` into ``model``, and say which it is.
 
     Raises TrainingError when there is none, or it is of another recipe.
     """
     path = find_weights(recipe)
+    if not recipe.stages:
+        return path  # the model holds them as it was built
     content = checkpoints.read(path)
     checkpoints.check_recipe(content, path, recipe.identity())
     checkpoints.load_weights(model, content, path)
