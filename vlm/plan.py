@@ -94,12 +94,13 @@ def _check_lengths(recipe: Recipe, model: BaseVlm) -> None:
             f"model.max_tokens: expected more than the {full} visual tokens of an image, which are never cut; "
             f"found {most}"
         )
-    if prune is not None and prune.schedule is not None and recipe.stages and model.most_visual_tokens is None:
-        if create("prune", prune).keep.tokens:
-            raise RecipeError(
-                f"{prune.where or 'prune'}: keep: expected a share such as 25%, because prune.schedule comes down from "
-                "a share and the visual tokens of this model depend on the image; found a number"
-            )
+    if prune is None or prune.schedule is None or model.most_visual_tokens is not None:
+        return
+    if create("prune", prune).keep.tokens:
+        raise RecipeError(
+            f"{prune.where or 'prune'}: keep: expected a share such as 25%, because prune.schedule comes down from a "
+            "share and the visual tokens of this model depend on the image; found a number"
+        )
 
 
 def _sources_exist(recipe: Recipe) -> bool:

@@ -11,6 +11,7 @@ _PACKAGES = {
     "lightning": "training loop",
     "timm": "vision encoders",
     "transformers": "language models",
+    "peft": "adapters (LoRA)",
     "tokenizers": "word-level tokenizer of Scenes",
     "safetensors": "weights",
     "webdataset": "shards",
