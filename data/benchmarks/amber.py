@@ -170,7 +170,7 @@ class Amber:
         if described:
             scores["generative"] = _generative(described)
         for group in _GROUPS:
-            chosen = [(item.label, one) for item, one in said if group in item.groups]
+            chosen: list[tuple[Label, Prediction]] = [(item.label, one) for item, one in said if group in item.groups]
             if chosen:
                 scores[group] = _discriminative(chosen, group)
         if described and said:

@@ -228,7 +228,7 @@ def _render_letters(spec: Spec) -> Image.Image:
         for row, column in itertools.product(range(9), range(7)):
             x, y = left + (place % 3 * 7 + column) * pitch, top + (place // 3 * 9 + row) * pitch
             shade = spec["shade"] if (row, column) in dark else _AROUND
-            paper.box(x + gap, y + gap, x + pitch - gap, y + pitch - gap, (shade,) * 3)
+            paper.box(x + gap, y + gap, x + pitch - gap, y + pitch - gap, (shade, shade, shade))
     return paper.picture()
 
 
