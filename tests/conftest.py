@@ -78,15 +78,146 @@ def unchecked_shapes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 
 
 @pytest.fixture(scope="session")
-def shrunk() -> Callable[[Path], list[str]]:
+def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What recipes fetch from elsewhere, made tiny: encoders and a language model as checkpoints, shards, benchmarks.
+
+    The encoders have as many patches as the ones that they stand in for.
+    """
+    from transformers import (
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlamaConfig,
+        SiglipVisionConfig,
+    )
+
+    from vlm.data.scenes.make import make
+
+    folder = tmp_path_factory.mktemp("stand_ins")
+    make(str(folder / "scenes"), train=60, test=12, seed=0)
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "patch_size": 4}
+    configs = {
+        "clip": CLIPVisionConfig(**small, num_hidden_layers=4, image_size=96),
+        "siglip": SiglipVisionConfig(**small, num_hidden_layers=2, image_size=56, vision_use_head=False),
+    }
+    for name, config in configs.items():
+        AutoModel.from_config(config).save_pretrained(folder / name)
+        size = {"height": config.image_size, "width": config.image_size}
+        CLIPImageProcessor(size=size, do_center_crop=False).save_pretrained(folder / name)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "scenes/tokenizer")
+    tokenizer.save_pretrained(folder / "language")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 8, "num_attention_heads": 2}
+    language = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, vocab_size=len(tokenizer)))
+    language.save_pretrained(folder / "language")
+    for kind in WHOLE:
+        whole_stand_in(kind, folder)
+    return folder
+
+
+# Whole models: what stands for an image in a chat, the template around it, and the end of an answer where there is one.
+CHAT = (
+    "{% for m in messages %}HEAD{% for c in m.content %}{% if c.type == 'image' %}IMAGE{% else %}{{ c.text }}"
+    "{% endif %}{% endfor %}END{% endfor %}{% if add_generation_prompt %}ASK{% endif %}"
+)
+WHOLE = {
+    "qwen2_5_vl": {
+        "HEAD": "<|im_start|>{{ m.role }}\n",
+        "IMAGE": "<|vision_start|><|image_pad|><|vision_end|>",
+        "END": "<|im_end|>\n",
+        "ASK": "<|im_start|>assistant\n",
+    },
+    "llava": {"HEAD": "{{ m.role.upper() }}: ", "IMAGE": "<image>\n", "END": " ", "ASK": "ASSISTANT:"},
+}
+
+
+def whole_stand_in(kind: str, folder: Path) -> None:
+    """A random checkpoint of a family, with a processor that knows the words of Scenes, in ``folder / kind``."""
+    import transformers as hf
+
+    template = CHAT
+    for mark, text in WHOLE[kind].items():
+        template = template.replace(mark, text)
+    named = ["<|image_pad|>", "<|video_pad|>"] if kind == "qwen2_5_vl" else ["<image>"]
+    names = [*named, "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
+    tokenizer = hf.PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "scenes/tokenizer/tokenizer.json"),
+        pad_token="<pad>",
+        bos_token="<bos>",
+        unk_token="<unk>",
+        eos_token="<|im_end|>" if kind == "qwen2_5_vl" else "<eos>",
+        extra_special_tokens=dict(zip(("image_token", "video_token"), named, strict=False)),
+    )
+    tokenizer.add_tokens(names, special_tokens=True)
+    number = dict(zip(names, tokenizer.convert_tokens_to_ids(names), strict=True))
+    ends: Any = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
+    text: Any = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, **ends}
+    if kind == "qwen2_5_vl":
+        pixels = {"patch_size": 4, "merge_size": 2, "min_pixels": 256, "max_pixels": 2048}
+        images, videos = hf.Qwen2VLImageProcessor(**pixels), hf.Qwen2VLVideoProcessor(**pixels)
+        processor: Any = hf.Qwen2_5_VLProcessor(images, tokenizer, videos, chat_template=template)
+        tower: Any = {"patch_size": 4, "spatial_merge_size": 2, "depth": 2, "num_heads": 4, "hidden_size": 32}
+        tower |= {"intermediate_size": 48, "out_hidden_size": 32, "window_size": 16, "fullatt_block_indexes": [1]}
+        rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+        marks = {f"{name}_token_id": number[f"<|{name}|>"] for name in ("vision_start", "vision_end")}
+        marks |= {"image_token_id": number[named[0]], "video_token_id": number[named[1]]}
+        text |= {"rope_parameters": rope}
+        config: Any = hf.Qwen2_5_VLConfig(text_config=text, vision_config=tower, **marks, **ends)
+    else:
+        images = hf.CLIPImageProcessor(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48})
+        processor = hf.LlavaProcessor(
+            images, tokenizer, 8, "default", chat_template=template, num_additional_image_tokens=1
+        )
+        tower = hf.CLIPVisionConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, image_size=48, patch_size=8
+        )
+        config = hf.LlavaConfig(
+            vision_config=tower, text_config=hf.LlamaConfig(**text), image_token_id=number["<image>"], **ends
+        )
+    torch.manual_seed(0)
+    hf.AutoModelForImageTextToText.from_config(config).save_pretrained(folder / kind)
+    processor.save_pretrained(folder / kind)
+
+
+def from_stand_ins(recipe: Any, folder: Path) -> list[str]:
+    """Overrides that put the stand-ins in the places of what a recipe would fetch."""
+    if recipe.model.origin is not None:
+        words = [f"model.from.name={folder / 'qwen2_5_vl'}"]
+    else:
+        kind = next(kind for kind in ("siglip", "clip") if kind in recipe.model.vision.options["name"])
+        words = [f"model.vision.name={folder / kind}", f"model.language.name={folder / 'language'}"]
+    words += ["data.workers=1"]
+    words += [f"data.sources.{name}.shards={folder / 'scenes/train'}" for name in recipe.data.sources]
+    benchmarks = folder / "scenes/benchmarks"
+    splits = [str(benchmarks / f"pope_{split}.json") for split in ("random", "popular", "adversarial")]
+    files = {"pope": {"questions": splits}}
+    files["chair"] = {"truth": str(benchmarks / "chair.json"), "synonyms": str(benchmarks / "synonyms.txt")}
+    for label in recipe.evaluate.benchmarks:
+        options = files[label] | {"images": str(folder / "scenes/test")}
+        words += [f"evaluate.benchmarks.{label}.{key}={value}" for key, value in options.items()]
+    return words + ["evaluate.benchmarks.chair.max_new_tokens=16"] * ("chair" in recipe.evaluate.benchmarks)
+
+
+@pytest.fixture(scope="session")
+def shrunk(request: pytest.FixtureRequest) -> Callable[[Path], list[str]]:
     """Overrides that leave every part of a shipped recipe in place but make each as small as can be."""
     from vlm.recipe import load_recipe
 
     def overrides(path: Path) -> list[str]:
         recipe = load_recipe(path)
-        small = ["data.make.train=150", "data.make.test=12", "run.global_batch=6", "run.trace_samples=true"]
+        small = ["run.global_batch=6", "run.trace_samples=true"]
         small += ["run.save.every=2", "run.log_every=2", "evaluate.batch=16", "evaluate.pictures=2"]
+        if recipe.data.make:
+            small += ["data.make.train=150", "data.make.test=12"]
+        else:
+            small += from_stand_ins(recipe, request.getfixturevalue("stand_ins"))
+        if recipe.run.weights:
+            small += ["run.weights=null"]
+        small += ["run.micro_batch=null", "run.devices=1", "run.parallel=single"]
         for number, stage in enumerate(recipe.stages):
+            small += [f"stages.{number}.samples=null"] if stage.samples else []
             small += [f"stages.{number}.steps=4", f"stages.{number}.schedule.warmup=1"]
             small += [f"stages.{number}.global_batch=6"] if stage.global_batch else []
         return small + [f"evaluate.benchmarks.{label}.limit=6" for label in recipe.evaluate.benchmarks]

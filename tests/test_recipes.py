@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from vlm.build import build_encoder, build_model, build_tokenizer
 from vlm.commands import main
+from vlm.create import names
 from vlm.recipe import load_recipe
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
+FOLDER = Path(__file__).parent.parent / "recipes"
+RECIPES = sorted(FOLDER.rglob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -49,3 +52,55 @@ def test_a_shrunk_copy_trains_resumes_evaluates_and_reports(path, shrunk, tmp_pa
     assert (run / "report.html").stat().st_size > 10_000
     out = capsys.readouterr().out
     assert "plain" in out and "report.html" in out
+
+
+@pytest.mark.parametrize(("kind", "file"), [("prune", "scenes_pruners"), ("kv", "scenes_kv")])
+def test_every_pruner_and_cache_policy_is_compared_on_scenes(kind, file):
+    rows = load_recipe(FOLDER / f"{file}.yaml").evaluate.compare
+    methods = [str(method.use) for row in rows if (method := getattr(row, kind))]
+    assert sorted(set(methods)) == names(kind)
+    assert all(methods.count(name) > 1 for name in names(kind))  # budgets
+
+
+@pytest.mark.parametrize(("file", "resize"), [("llava15_7b", "pad"), ("nanovlm_222m", "stretch")])
+def test_a_recipe_says_how_pictures_become_squares(file, resize, shrunk):
+    recipe = load_recipe(FOLDER / f"{file}.yaml", shrunk(FOLDER / f"{file}.yaml"))
+    tokenizer = build_tokenizer(recipe)
+    encoder = build_encoder(recipe, build_model(recipe, tokenizer, meta=True), tokenizer)
+    assert encoder.transform.resize == resize
+
+
+def written(folder: Path) -> dict[Path, tuple[int, bytes]]:
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_a_recipe_with_the_weights_of_another_run_writes_to_its_own_folder_only(shrunk, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    file = str(FOLDER / "scenes_pruners.yaml")
+    small = [word for word in shrunk(FOLDER / "scenes.yaml") if "counterfactual" not in word]
+    few = "evaluate.compare=[{}, {prune: {use: stride, keep: 25%}}]"
+    assert main(["run", file, *small, few]) == 2
+    assert capsys.readouterr().err == (
+        "error: runs/scenes/checkpoints: expected a checkpoint of this run, found none; train that run first, or set "
+        "run.weights=null\n"
+    )
+    assert main(["run", str(FOLDER / "scenes.yaml"), *small, "evaluate.compare=[{}]"]) == 0
+    before = written(Path("runs/scenes"))
+    assert main(["run", file, *small, few]) == 0
+    assert written(Path("runs/scenes")) == before
+    run = Path("runs/scenes-pruners")
+    assert {path.name for path in run.iterdir()} >= {"recipe.yaml", "evaluation.json", "pictures.json", "report.html"}
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    newest = max((tmp_path / "runs/scenes/checkpoints").glob("*.ckpt"))
+    assert evaluation["weights"] == str(newest.relative_to(tmp_path))
+    plain, pruned = (result["cost"] for result in evaluation["results"])
+    assert pruned["visual_tokens"]["per_layer"] == [9] * 4
+    assert plain["prefill_s"] > 0 and pruned["prefill_s"] > 0
+    capsys.readouterr()
+
+    assert main(["evaluate", file, *small, few, f"run.weights={newest}"]) == 0
+    assert main(["train", file, *small]) == 2
+    assert "run.weights: this recipe evaluates runs/scenes and trains nothing" in capsys.readouterr().err
+    assert main(["evaluate", file, *small, few, "model.vision.dim=32"]) == 2
+    assert "belongs to another recipe" in capsys.readouterr().err
