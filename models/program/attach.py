@@ -13,7 +13,7 @@ with the sequence and the selection it had, whatever ran since.
 """
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,30 +32,32 @@ from vlm.models.program.cache import (
     Evict,
     EvictStep,
     ReadStep,
+    Row,
     gather_entries,
     held_whole,
     pick,
     shorten,
 )
+from vlm.models.program.contexts import MAIN
+from vlm.models.program.cutting import resequence, spread, tokens_of
+from vlm.models.program.inner import watch
 from vlm.models.program.layout import Layout, compact
 from vlm.models.program.program import (
     LLM_IN,
     VIT_OUT,
+    Control,
     Keys,
     Program,
     Regroup,
     Rewrite,
     Select,
     Tap,
-    Text,
-    Tokens,
     check,
     in_encoder,
     needs_of,
 )
 from vlm.models.program.run import Kept, Run
-from vlm.models.program.segments import rows_at
-from vlm.models.program.signals import Attention, Signal
+from vlm.models.program.signals import Attention, Given, Signal
 from vlm.models.program.vision import VisionEngine
 
 ATTENTION = "vlm_program"
@@ -72,6 +74,8 @@ class Engine:
         self.impl = impl  # of the attention operations
         layers = len(self.decoder.layers)
         self.rewrites = [op for _, op in program if isinstance(op, Rewrite)]
+        self.inner = sorted({layers for op in self.rewrites for layers in op.inner})
+        self.control = next((op for _, op in program if isinstance(op, Control)), None)
         self.cuts: dict[int, Select] = {}
         self.regroups: dict[int, list[Regroup]] = {}
         self.taps: dict[int, list[Tap]] = {}
@@ -86,11 +90,15 @@ class Engine:
             elif isinstance(op, Tap):
                 self.taps.setdefault(site.layer, []).append(op)
         needs = {s for _, op in program for s in needs_of(op, layers) if s.part == "language"}
+        self.given = [s for s in sorted(needs, key=repr) if isinstance(s, Given)]
         self.states = _by_layer(s for s in needs if s.of_state)
         self.ahead = _by_layer(s for s in needs if s.ahead_of_layer)
-        self.received = _by_layer(s for s in needs if not s.of_state and not s.ahead_of_layer)
+        self.received = _by_layer(s for s in needs if not (s.of_state or s.ahead_of_layer or s.of_inputs))
+        self.asks: Int[Tensor, "batch asks"] | None = None  # of the pass that begins, with the scores given to it
+        self.scores: dict[Given, Tensor] = {}
+        self.observer: Observer | None = None  # while there is one, the program rests
         # Whoever acts at generated tokens too; the others need their signals of the prompt only.
-        lasting = [op for _, op in program if isinstance(op, Regroup | Tap | EvictStep | ReadStep)]
+        lasting = [op for _, op in program if isinstance(op, Regroup | Tap | Control)]
         self.lasting = {s for op in lasting for s in needs_of(op, layers)}
         vision = getattr(model, "vision", None)
         self.vision = None if vision is None else VisionEngine(vision, program, layers, impl)
@@ -108,41 +116,62 @@ class Engine:
 
     @property
     def sees_attention(self) -> bool:
-        return bool(self.received or self.ahead or self.regroups or self.caches)
+        observes = any(signal.observes for signal in self.given)
+        return bool(self.received or self.ahead or self.regroups or self.caches or observes)
 
     def tag(self, run: Run) -> dict[str, Run]:
         """Keyword arguments that the decoder's forward must carry for ``run``; none if nothing acts inside it."""
-        inside = self.sees_attention or self.first_hooked < len(self.decoder.layers)
+        inside = self.sees_attention or self.inner or self.first_hooked < len(self.decoder.layers)
         return {RUN: run} if inside else {}
 
-    # llm.in: called by the model
+    # before a pass and at llm.in: called by the model
+
+    def begin(self, model: Any, inputs: Any, weights: Tensor | None, asks: Int[Tensor, "batch asks"] | None) -> None:
+        """Ask for the scores that come from outside, before the pass over ``inputs``."""
+        if self.observer is None:
+            self.asks = asks
+            with torch.no_grad():
+                self.scores = {signal: signal.scores(model, inputs, weights) for signal in self.given}
 
     def enter_language(self, hidden: Float[Tensor, "batch length width"], run: Run) -> Tensor:
         """Apply the cut at ``llm.in``; ``run`` then holds the layout of what goes on."""
+        if self.observer is not None:
+            return hidden
+        run.asks = self.asks
+        for signal, scores in self.scores.items():
+            run.put(signal, spread(signal, scores, run.layouts[0]))
+        self.scores = {}
         return self._cut(0, hidden, run) if 0 in self.cuts else hidden
 
     # llm.before[k] and hidden-state signals: called by the pre-hook of every decoder layer from the first that matters
 
     def enter_layer(self, layer: int, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         run, hidden = _run_of(kwargs), args[0]
+        if self.observer is not None:
+            return None
         if run.prompt:
             for signal in self.states.get(layer, ()):
-                with torch.no_grad():
-                    run.put(signal, signal.read_state(hidden.detach(), self.decoder))
+                self._read_state(signal, layer, hidden.detach(), run)
             if layer in self.ahead and layer not in run.kept:
                 self._look_ahead(layer, hidden, kwargs, run)
             if layer > 0 and layer in self.cuts:
                 hidden = self._cut(layer, hidden, run)
-        if not run.prompt and layer in run.held:
-            heads = self.decoder.config.num_attention_heads
-            return (hidden, *args[1:]), kwargs | {"attention_mask": run.held[layer].mask(heads)} | (
-                self._positions(run, layer, hidden) if run.stage(layer) else {}
-            )
         first = run.stage(layer)
-        if first == 0:
+        if first == 0 and (run.prompt or not run.held):
             return None
-        mask = {"attention_mask": run.mask(first, hidden.shape[1])}
-        return (hidden, *args[1:]), kwargs | mask | self._positions(run, layer, hidden)
+        # Once a cache is shorter than its sequence, the decoder's own mask, made from layer 0, fits no other layer.
+        held = None if run.prompt else run.held.get(layer)
+        heads = self.decoder.config.num_attention_heads
+        mask = {"attention_mask": run.mask(first, hidden.shape[1]) if held is None else held.mask(heads)}
+        return (hidden, *args[1:]), kwargs | mask | (self._positions(run, layer, hidden) if first else {})
+
+    @torch.no_grad()
+    def _read_state(self, signal: Signal, layer: int, hidden: Tensor, run: Run) -> None:
+        if signal.of_layout:
+            if layer not in run.kept:  # else a recomputed layer, whose sequence before the cut is no longer known
+                run.put(signal, signal.read_layout(hidden, run.layouts[run.stage(layer)], run.asking(layer)))
+        else:
+            run.put(signal, signal.read_state(hidden, self.decoder))
 
     def _positions(self, run: Run, layer: int, hidden: Tensor) -> dict[str, Any]:
         layout, rows = run.layouts[run.stage(layer)], hidden.shape[1]
@@ -177,13 +206,13 @@ class Engine:
         place, valid = compact(layout.visual, "right")  # [B,P] places of the visual tokens of each sample
         if place.shape[1] == 0:
             return None
-        tokens = _tokens(hidden.detach(), layout, place, valid, run, layer)
+        tokens = tokens_of(hidden.detach(), layout, place, valid, run, layer)
         count = op.keep.count(run.total, tokens.images).minimum(valid.sum(1))
         if op.exact and bool((count >= valid.sum(1)).all()):
             return None
         with torch.no_grad():
             chosen = op.selector.choose(tokens, count)
-        cut, index, real = _resequence(op, tokens, chosen, count, layout, place, run.side)
+        cut, index, real = resequence(op, tokens, chosen, count, layout, place, run.side)
         taken = layout.take(index, real)
         run.add_stage(layer, taken.reindexed() if op.position == "reindex" else taken, index)
         return cut
@@ -201,18 +230,16 @@ class Engine:
         for op in self.regroups.get(layer, ()):
             layout = run.layouts[run.stage(layer)]
             out = self._regroup(op, layer, layout, run, q, k, v, out, self._common(run, layer, q.shape[2], scale))
-        for tap in self.taps.get(layer, ()):
+        for tap in self.taps.get(layer, ()) if run.stream == MAIN else ():
             tap.receive(run.get(tap.signal, layer), run.layouts[run.stage(layer)])
         return out
 
     def _attention(self, run: Run, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Attention:
         layout, common = run.layouts[run.stage(layer)], self._common(run, layer, q.shape[2], scale)
-        valid = layout.valid
-        if not run.prompt and layer in run.held:
-            valid = run.held[layer].valid[:, 0]  # policies that look at attention keep equally many in every head
-            common["key_valid"] = None if bool(valid.all()) else valid
-        asks = run.asking(layer)
-        return Attention(q.detach(), k.detach(), v.detach(), valid, common, self.impl, layout, asks)
+        asks, known = run.asking(layer), run.signals(layer).__getitem__
+        rotary = getattr(getattr(self.decoder, "rotary_emb", None), "inv_freq", None)
+        shown = (q.detach(), k.detach(), v.detach(), layout.valid, common, self.impl, layout, asks)
+        return Attention(*shown, signal=known, frequencies=rotary)
 
     def _common(self, run: Run, layer: int, rows: int, scale: float | None) -> Common:
         """Indices and groups are right by construction; looking at their values would wait for the GPU."""
@@ -249,56 +276,84 @@ class Engine:
     # kv.decode: what a generated token's row reads
 
     def narrowed(
-        self, run: Run, layer: int, k: Tensor, v: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None:
+        self, run: Run, layer: int, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor] | None:
         """Keys and values that the row reads in this layer, which of them are real, and their places in the cache;
         None when it reads all."""
         if self.read_step is None or run.prompt:
             return None
-        marks = self.read_step.read(self._entries(run, layer, k.shape[1]))
-        if marks is None:
+        view = self._entries(run, layer, k.shape[1])
+        marks = self.read_step.read(view, q[:, :, -1])
+        if marks is None or bool((marks | ~view.held.valid).all()):
             return None
-        index, real = pick(marks)
+        index, real = pick(marks & view.held.valid)
         valid = None if bool(real.all()) else real
         return gather_entries(k, index), gather_entries(v, index), valid, index
 
     def have_read(
-        self, run: Run, layer: int, q: Tensor, k: Tensor, v: Tensor, index: Tensor | None, scale: float | None
+        self, run: Run, layer: int, q: Tensor, k: Tensor, valid: Tensor | None, index: Tensor | None, scale: Any
     ) -> None:
-        """Show the policy the attention call of a row that read the entries at ``index`` (None: all)."""
-        if self.read_step is None:
-            return
-        seen = self._attention(run, layer, q, k, v, scale)
-        if index is not None:
-            valid = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
-            seen = seen._replace(valid=valid, common={**seen.common, "key_valid": None}, layout=None)
-        self.read_step.seen(self._entries(run, layer, k.shape[1]), seen, index)
+        """Show the policies the row of a generated token, which read the entries at ``index`` (None: all)."""
+        for op in (self.read_step, self.evict_step):
+            if op is None:
+                continue
+            view = self._entries(run, layer, k.shape[1])
+            entries = view.held.place.shape[2]
+            real = view.held.valid if index is None else valid
+            real = torch.ones(k.shape[:3], dtype=torch.bool, device=k.device) if real is None else real
+            op.seen(view, Row(q[:, :, -1].detach(), k.detach(), real, index, entries, scale))
 
     # kv.prefill and kv.decode: called by the model after a pass
 
+    @torch.no_grad()
     def close_pass(self, run: Run, cache: DynamicCache) -> None:
         """Evict what the program evicts: after the prompt and after each generated token."""
-        layers: list[Any] = list(cache.layers)
-        if run.prompt and self.evict is not None:
-            views = [self._entries(run, n, layer.keys.shape[1]) for n, layer in enumerate(layers)]
-            for number, keep in enumerate(self.evict.keep(views)):
-                held = views[number].held
-                short = shorten(layers[number], held, keep)
-                if short is not held:
-                    run.held[number] = short
-        elif not run.prompt and self.evict_step is not None:
-            for number, layer in enumerate(layers):
-                view = self._entries(run, number, layer.keys.shape[1])
+        if not self.caches or self.observer is not None:
+            return
+        if run.prompt:
+            self._close_prompt(run, cache)
+        elif self.evict_step is not None:
+            for layer in range(len(cache.layers)):
+                view = self._entries(run, layer, self._kv_heads(run, layer, cache))
                 if (keep := self.evict_step.keep(view)) is not None:
-                    run.held[number] = shorten(layer, view.held, keep)
-        if self.caches and run.prompt and not self.lasting:
+                    self._shorten(run, cache, view, keep)
+
+    def _close_prompt(self, run: Run, cache: DynamicCache) -> None:
+        views = [self._entries(run, n, self._kv_heads(run, n, cache)) for n in range(len(cache.layers))]
+        if self.evict is not None:
+            for view, keep in zip(views, self.evict.keep(views), strict=True):
+                self._shorten(run, cache, view, keep)
+        if self.read_step is not None:
+            for layer in range(len(views)):
+                self.read_step.start(self._entries(run, layer, views[layer].kv_heads))
+        if not self.lasting and not any(op.needs for op in self.rewrites):
             run.forget_signals()
+
+    def _shorten(self, run: Run, cache: DynamicCache, view: Entries, keep: Tensor) -> None:
+        short = shorten(cache, view.layer, view.held, keep)
+        if short is not view.held:
+            run.held[view.layer] = short
+
+    def _kv_heads(self, run: Run, layer: int, cache: Any) -> int:
+        return run.held[layer].place.shape[1] if layer in run.held else cache.layers[layer].keys.shape[1]
 
     def _entries(self, run: Run, layer: int, kv_heads: int) -> Entries:
         layout = run.layouts[run.stage(layer)]
         held = run.held.get(layer) or held_whole(layout, kv_heads)
         memory, shared = run.memory.setdefault(layer, {}), run.memory.setdefault(-1, {})
-        return Entries(layer, layout, held, lambda signal: run.get(signal, layer), run.step, memory, shared)
+        return Entries(
+            layer,
+            layout,
+            held,
+            lambda signal: run.get(signal, layer),
+            run.step,
+            lambda: run.segment_seed(run.layouts[0]),
+            memory,
+            shared,
+        )
+
+
+Observer = Callable[[int, Attention], None]
 
 
 def _by_layer(signals: Any) -> dict[int, list[Signal]]:
@@ -316,77 +371,6 @@ def _run_of(kwargs: Mapping[str, Any]) -> Run:
             f"layers must hand their keyword arguments to attention; {RUN!r} is missing"
         )
     return kwargs[RUN]
-
-
-def _tokens(hidden: Tensor, layout: Layout, place: Tensor, valid: Tensor, run: Run, layer: int) -> Tokens:
-    """The visual tokens of each sample as a selector sees them; ``place`` [B,P] is where they stand."""
-
-    def at(index: Int[Tensor, "batch some"]) -> Any:
-        return lambda signal: _values_at(run.get(signal, layer if layer else 0), index, signal)
-
-    words, real = compact(layout.valid & ~layout.visual, "right")
-    after = words > layout.last(layout.visual)[:, None]
-    return Tokens(
-        rows_at(hidden, place),
-        valid,
-        run.segment_seed(layout),
-        at(place),
-        run.total,
-        _count_images(layout),
-        layout.image.gather(1, place).masked_fill(~valid, -1),
-        layout.row.gather(1, place),
-        layout.col.gather(1, place),
-        None,
-        Text(rows_at(hidden, words), real, after & real, at(words)),
-    )
-
-
-def _values_at(value: Tensor, index: Int[Tensor, "batch some"], signal: Signal) -> Tensor:
-    """A signal's values at places of its sequence."""
-    if not signal.axis:
-        return value
-    shape, wide = [1] * value.ndim, [*value.shape]
-    shape[0], shape[signal.key_axis] = index.shape
-    wide[signal.key_axis] = index.shape[1]
-    return value.gather(signal.key_axis, index.reshape(shape).expand(wide))
-
-
-def _resequence(
-    op: Select, tokens: Tokens, chosen: Tensor, count: Tensor, layout: Layout, place: Tensor, side: Any
-) -> tuple[Kept, Int[Tensor, "batch kept"], Tensor]:
-    """The sequence after a cut: text stays, visual tokens are those chosen or merged. Returns the cut, where each
-    token comes from, and which are real."""
-    reduce = op.selector.reduce
-    if reduce is None:
-        keep = layout.valid & ~layout.visual
-        keep = keep.scatter(1, place, (chosen & tokens.valid) | keep.gather(1, place))
-        index, real = compact(keep, side)
-        return Kept(index), index, real
-    first = reduce(tokens, chosen, count)
-    length, batch = layout.role.shape[1], len(place)
-    text = layout.valid & ~layout.visual
-    everywhere = torch.arange(length, device=place.device).expand(batch, length)
-    source = torch.cat([everywhere, place.gather(1, first.place)], 1)  # [B, L + R]
-    there = torch.cat([text, first.valid], 1)
-    # in the order of the places they stand for; padding at its side
-    key = source.masked_fill(~there, -1 if side == "left" else length)
-    order = key.argsort(dim=1, stable=True)
-    longest = int(there.sum(1).max())
-    order = order[:, order.shape[1] - longest :] if side == "left" else order[:, :longest]
-    index, real = source.gather(1, order), there.gather(1, order)
-    merged = (order >= length) & real
-    number = (order - length).clamp_min(0)
-
-    def merge(hidden: Tensor) -> Tensor:
-        again = Tokens(**{**vars(tokens), "x": rows_at(hidden, place)})
-        return rows_at(reduce(again, chosen, count).features, number)
-
-    return Kept(index, merge, merged), index, real
-
-
-def _count_images(layout: Layout) -> Int[Tensor, " batch"]:
-    image = layout.image.sort(1).values
-    return ((image[:, 1:] != image[:, :-1]) & (image[:, 1:] >= 0)).sum(1) + (image[:, 0] >= 0)
 
 
 PROBE = "vlm_probe"
@@ -415,8 +399,12 @@ def _program_attention(
     engine = _ENGINES.get(module)
     layer: Any = getattr(module, "layer_idx", None)
     run = _run_of(kwargs) if engine is not None else None
-    index = None
-    if engine is not None and run is not None and (narrow := engine.narrowed(run, layer, key, value)) is not None:
+    if engine is not None and run is not None and engine.observer is not None:
+        with torch.no_grad():
+            engine.observer(layer, engine._attention(run, layer, query, key, value, scaling))
+        engine = None
+    index = valid = None
+    if engine is not None and run is not None and (narrow := engine.narrowed(run, layer, query, key, value)):
         key, value, valid, index = narrow
         attention_mask = None
         if valid is not None:
@@ -426,7 +414,7 @@ def _program_attention(
     )
     if engine is not None and run is not None:
         if not run.prompt:
-            engine.have_read(run, layer, query, key, value, index, scaling)
+            engine.have_read(run, layer, query, key, valid, index, scaling)
         out = engine.attend(run, layer, query, key, value, out, scaling)
     return out, None
 
@@ -462,6 +450,7 @@ def attach(model: Any, program: Program, impl: str = "auto") -> Iterator[None]:
     try:
         if engine.vision is not None:
             hooks += engine.vision.hook()
+        hooks += watch(decoder, engine.inner, _run_of)
         for layer in range(engine.first_hooked, len(decoder.layers)):
             hook = lambda module, args, kwargs, layer=layer: engine.enter_layer(layer, args, kwargs)  # noqa: E731
             hooks.append(decoder.layers[layer].register_forward_pre_hook(hook, with_kwargs=True))

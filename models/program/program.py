@@ -5,9 +5,9 @@ there. :mod:`vlm.models.program.attach` lowers a program onto a model; what ops 
 :mod:`vlm.models.program.signals`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,6 +17,7 @@ from vlm.kernels.grouped_mass.rules import Rule
 from vlm.models.errors import ModelError
 from vlm.models.program.budget import Budget
 from vlm.models.program.cache import Evict, EvictStep, ReadStep
+from vlm.models.program.contexts import Context
 from vlm.models.program.layout import Layout
 from vlm.models.program.reduce import Reduced
 from vlm.models.program.schedule import budgets
@@ -37,6 +38,7 @@ class Site:
 VIT_OUT = Site("vit.out")  # features of each image, before the connector
 LLM_IN = Site("llm.in")  # the spliced sequence, before the first decoder layer
 LOGITS = Site("logits")  # next-token logits of all streams
+DECODE = Site("decode")  # the choice of the next token
 KV_PREFILL = Site("kv.prefill")  # the caches of all layers, after the prompt
 KV_DECODE = Site("kv.decode")  # a layer's cache, at every generated token
 
@@ -66,7 +68,8 @@ Position = Literal["keep", "reindex"]
 
 @dataclass(frozen=True)
 class Text:
-    """The text tokens of each sample, for selectors inside the language model; ``after``: after the last image."""
+    """The text of each sample's prompt, for selectors inside the language model; ``after``: after the last image (in
+    training up to the first row there that asks, see :func:`~vlm.models.program.signals.question`)."""
 
     x: Float[Tensor, "segments words width"]
     valid: Bool[Tensor, "segments words"]
@@ -166,16 +169,55 @@ class Regroup:
     needs: tuple[Signal, ...] = ()
 
 
-@dataclass(frozen=True)
-class Rewrite:
-    """Op at ``logits``: next-token logits from those of named streams.
+class Now(NamedTuple):
+    """What a logits stage sees: the next-token logits of the decode's streams, one row for each text that grows.
 
-    ``streams`` are the contexts besides ``"main"`` that the decoder keeps (``"no_image"``); ``logits(by_stream,
-    step)`` gets one [batch, vocab] tensor for each of them and the number of tokens generated so far.
+    main: of the main stream, as earlier stages left them. other(context): of another stream. inner(layers, normed):
+    what the head makes of the main stream's state after so many decoder layers, with the final norm or without. step:
+    tokens generated so far. layout: of the main stream's whole sequence, generated tokens included.
     """
 
-    streams: tuple[str, ...]
-    logits: Callable[[Mapping[str, Float[Tensor, "batch vocab"]], int], Float[Tensor, "batch vocab"]]
+    main: Float[Tensor, "rows vocab"]
+    other: Callable[[Context], Float[Tensor, "rows vocab"]]
+    inner: Callable[[int, bool], Float[Tensor, "rows vocab"]]
+    step: int
+    layout: Layout
+
+    @property
+    def words_after_image(self) -> Int[Tensor, " rows"]:
+        """Text tokens of each row's prompt after its last image, all of them where there is none."""
+        layout = self.layout
+        after = torch.arange(layout.role.shape[1], device=layout.role.device) > layout.last(layout.visual)[:, None]
+        return (layout.valid & after).sum(1) - self.step
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """Op at ``logits``: the next-token logits from which the decoder chooses.
+
+    logits(now) gives them. streams: the contexts besides the main one that it reads; inner: after how many decoder
+    layers it reads the main stream (0: its embeddings).
+    """
+
+    logits: Callable[[Now], Float[Tensor, "rows vocab"]]
+    streams: tuple[Context, ...] = ()
+    inner: tuple[int, ...] = ()
+
+    @property
+    def needs(self) -> tuple[Signal, ...]:
+        return tuple(signal for stream in self.streams for signal in stream.needs)
+
+
+@dataclass(frozen=True)
+class Control:
+    """Op at ``decode``: something that watches the beams of one prompt, scores their continuations and may go back.
+
+    begin(decode) makes the controller of one prompt, see :mod:`vlm.models.program.control`. needs: signals that it
+    reads at generated tokens too.
+    """
+
+    begin: Callable[[Any], Any]
+    needs: tuple[Signal, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -186,7 +228,7 @@ class Tap:
     receive: Callable[[Float[Tensor, "batch keys"], Layout], None] = field(compare=False)
 
 
-Op = Select | Regroup | Rewrite | Tap | Evict | EvictStep | ReadStep
+Op = Select | Regroup | Rewrite | Control | Tap | Evict | EvictStep | ReadStep
 Program = tuple[tuple[Site, Op], ...]
 
 
@@ -223,9 +265,9 @@ def needs_of(op: Op, layers: int) -> tuple[Signal, ...]:
         return op.selector.needs
     if isinstance(op, Tap):
         return (op.signal,)
-    if isinstance(op, Rewrite):
+    if isinstance(op, EvictStep):
         return ()
-    if isinstance(op, Regroup):
+    if isinstance(op, Regroup | Rewrite | Control):
         return op.needs
     return tuple(signal for layer in range(layers) for signal in op.needs(layer))
 
@@ -248,7 +290,10 @@ def check(program: Program, facts: Facts) -> None:
                 raise ModelError(f"{site}: {facts.refuses[what]}")
         for signal in needs_of(op, facts.layers):
             _check_signal(site, signal, facts)
+        if isinstance(op, Rewrite) and (wrong := [n for n in op.inner if not 0 <= n <= facts.layers]):
+            raise ModelError(f"{site}: it reads the state after 0 to {facts.layers} layers; found {wrong[0]}")
     _check_together(program)
+    _check_decode(program)
 
 
 def _check_site(site: Site, facts: Facts) -> None:
@@ -280,6 +325,24 @@ def _check_together(program: Program) -> None:
             raise ModelError(f"kv: two cache policies at once; found two of {kind.__name__}")
 
 
+def _check_decode(program: Program) -> None:
+    kinds = [type(op) for _, op in program]
+    if kinds.count(Control) > 1:
+        raise ModelError("decode: two decode controllers at once, each of which would undo what the other chose")
+    if Control in kinds and {Evict, EvictStep, ReadStep} & set(kinds):
+        raise ModelError(
+            "decode: a decode controller looks at the attention to every token and goes back, and a cache policy drops "
+            "entries for good; use one of the two"
+        )
+    stages = [[c.name for c in op.streams if c.alters == "image"] for _, op in program if isinstance(op, Rewrite)]
+    images = [" and ".join(names) for names in stages if names]
+    if len(images) > 1:
+        raise ModelError(
+            f"logits: {images[0]} and {images[1]} both weigh the image by what its change does to the "
+            "model's own logits, and after one stage those are no longer the model's own; use one of the two"
+        )
+
+
 def _check_signal(site: Site, signal: Signal, facts: Facts) -> None:
     """Refuse a signal that is not known yet at ``site``."""
     if signal.part == "vision":
@@ -291,9 +354,11 @@ def _check_signal(site: Site, signal: Signal, facts: Facts) -> None:
             if in_encoder(site) and signal.layer > site.layer:
                 raise ModelError(f"{site}: it asks for {signal}, which is known only after that block")
         return
+    if signal.of_inputs and not (in_encoder(site) or site == VIT_OUT):
+        return
     if not 0 <= signal.layer < facts.layers:
         raise ModelError(f"{site}: it asks for {signal}, but layers are 0..{facts.layers - 1}")
-    if site.name.startswith("kv."):
+    if site.name.startswith("kv.") or site in (LOGITS, DECODE):
         return
     if site.name == "attn" or signal.of_state or signal.ahead_of_layer:
         known = signal.layer <= site.layer

@@ -1,12 +1,14 @@
 """What one stream knows about the sequence that runs through the decoder."""
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from vlm.models.errors import ModelError
 from vlm.models.program.cache import Held
 from vlm.models.program.layout import Layout, Side
 from vlm.models.program.signals import Peak, Signal
@@ -39,7 +41,10 @@ class Run:
     :class:`~vlm.models.program.signals.Received`), None for a prompt. total: visual tokens of each sample before any
     cut. deep: features [batch, length, width] that a model adds after its first decoder layers, one tensor each, at
     the places of the sequence as the data layer made it (``Layout.source``). held: layer -> what its cache holds, for
-    layers whose cache was shortened. memory: what cache policies remember, by layer (-1: of all layers).
+    layers whose cache was shortened. memory: what cache policies remember, by layer (-1: of all layers); tensors in it
+    have the batch first. stream: the name of the context. inner: by the number of layers behind it, the last place's
+    state in the pass that was last. grids: rows and columns of each image's tokens before any cut, where all images are
+    such grids.
     """
 
     def __init__(self, layout: Layout, side: Side, seed: Int[Tensor, " images"]) -> None:
@@ -54,6 +59,9 @@ class Run:
         self.deep: list[Float[Tensor, "batch length width"]] = []
         self.held: dict[int, Held] = {}
         self.memory: dict[int, dict[str, Any]] = {}
+        self.stream = "main"
+        self.inner: dict[int, Float[Tensor, "batch width"]] = {}
+        self.grids: list[tuple[int, int]] = []
         self._signals: dict[int, dict[Signal, Tensor]] = {0: {}}
         self._asks: dict[int, Int[Tensor, "batch asks"]] = {}
         self._masks: dict[int, Bool[Tensor, "batch 1 rows keys"] | None] = {}
@@ -68,6 +76,7 @@ class Run:
         self._signals[layer] = {s: _take(value, index, s) for s, value in self._signals[before].items()}
         self.layouts[layer] = layout
         self._masks.pop(layer, None)
+        self._asks.pop(layer, None)
 
     def put(self, signal: Signal, value: Tensor) -> None:
         """Enter what was read in the signal's layer, before a cut there or after it."""
@@ -78,7 +87,11 @@ class Run:
 
     def get(self, signal: Signal, layer: int) -> Tensor:
         """A signal over the sequence that ``layer`` works on."""
-        return self._signals[self.stage(layer)][signal]
+        return self.signals(layer)[signal]
+
+    def signals(self, layer: int) -> dict[Signal, Tensor]:
+        """What has been read so far over the sequence that ``layer`` works on. A cut there starts a new table."""
+        return self._signals[self.stage(layer)]
 
     def forget_signals(self) -> None:
         """Drop what was read, with the tensors it holds."""
@@ -112,6 +125,27 @@ class Run:
         self.prompt = False
         self.step += count
         self._masks.clear()
+
+    def truncate(self, count: int) -> None:
+        """Take back the last ``count`` generated tokens. Raises ModelError where a cache policy remembers them."""
+        if any(self.memory.values()):
+            raise ModelError("decode: a cache policy that acts at generated tokens cannot be taken back")
+        self.held = {layer: Held(*(t[:, :, : t.shape[2] - count] for t in held)) for layer, held in self.held.items()}
+        keep = {first: layout.role.shape[1] - count for first, layout in self.layouts.items()}
+        for first, layout in self.layouts.items():
+            shorter: Any = [None if field is None else field[:, : keep[first]] for field in layout]
+            self.layouts[first] = Layout(*shorter)
+        self.step -= count
+        self._masks.clear()
+
+    def take_rows(self, index: Int[Tensor, " rows"]) -> "Run":
+        """The run of a batch whose row i is row ``index[i]`` of this one. What was cut of the prompt is forgotten."""
+        taken = copy(self)
+        batch = len(self.total)
+        for name in ("layouts", "asks", "total", "held", "memory", "inner", "_signals", "_asks"):
+            setattr(taken, name, _rows(getattr(self, name), index, batch))
+        taken.kept, taken.deep, taken._masks = {}, [], {}
+        return taken
 
     def mask(self, first: int, rows: int) -> Bool[Tensor, "batch 1 rows keys"] | None:
         """Which keys the last ``rows`` places of a stage may see; None when plain causality says it all."""
@@ -156,6 +190,19 @@ class Run:
             valid = self.held[layer].valid if layer in self.held else self.layouts[self.stage(layer)].valid[:, None]
             counts.append(float(valid.sum(2).float().mean()))
         return counts
+
+
+def _rows(value: Any, index: Int[Tensor, " rows"], batch: int) -> Any:
+    """Whatever a run holds, with the rows at ``index`` of every tensor that has the batch first."""
+    if isinstance(value, Tensor):
+        return value.index_select(0, index) if value.ndim and len(value) == batch else value
+    if isinstance(value, dict):
+        return {name: _rows(part, index, batch) for name, part in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_rows(part, index, batch) for part in value))
+    if isinstance(value, list | tuple):
+        return type(value)(_rows(part, index, batch) for part in value)
+    return value
 
 
 def _take(value: Tensor, index: Int[Tensor, "batch kept"], signal: Signal) -> Tensor:

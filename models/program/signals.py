@@ -66,7 +66,7 @@ class Attention(NamedTuple):
         if rows == "text" and self.layout is not None:
             wanted = question(self.layout, self.asks)
         elif rows != "all":
-            count = rows.of(number[:, -1])[:, None] if isinstance(rows, Window) else 1 if rows == "last" else rows
+            count = rows.of(number[:, -1])[:, None] if isinstance(rows, Window) else 1 if rows == "last" else int(rows)
             wanted = wanted & (number > number[:, -1:] - count)
         wanted = wanted.clone()
         wanted[:, : self.k.shape[2] - self.q.shape[2]] = False  # rows of this call only
@@ -252,7 +252,10 @@ class Rated(Signal):
 
     def _gravity(self, seen: Attention, layout: Layout, rows: Tensor) -> Float[Tensor, "batch rows keys"]:
         if seen.frequencies is None or layout.axes is not None:
-            raise ModelError("attention over rotary gravity needs a decoder with rotary positions on one axis")
+            raise ModelError(
+                "sparsevlm: version v2 divides attention by what rotary positions on one axis make of it, which this "
+                "language model does not have; use v1.5"
+            )
         apart = (layout.position.gather(1, rows)[..., None] - layout.position[:, None]).abs()
         return rotary_decay(apart, seen.q.shape[3], theta=seen.frequencies)
 
