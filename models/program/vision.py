@@ -209,7 +209,7 @@ class VisionEngine:
             self.now = None
 
     def read(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
-        """Enter the signals of a block from its attention call."""
+        """Enter the signals of a block from its attention call (before merged patches are weighed)."""
         now = self.now
         if now is None or not self.needs.get(layer):
             return

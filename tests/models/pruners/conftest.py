@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vlm.models.errors import ModelError
+from vlm.models.program.budget import Budget
 from vlm.models.program.layout import Layout
 from vlm.models.program.program import Program, Select, Tokens
 from vlm.models.program.signals import Signal, Vision
@@ -159,14 +161,11 @@ def by_eye() -> Any:
 
 
 @pytest.fixture(scope="session")
-def needs_class_token(make_model: Callable[..., Any]) -> Callable[[Any, str], None]:
+def needs_class_token(make_model: Callable[..., Any]) -> Callable[..., None]:
     """A method that ranks by the class token refuses an encoder without one in one line, which may tell a way out; a
     block that does not run, likewise; and works on such an encoder by ``attention: received``."""
 
     def check(method: Any, name: str, layer: str = "layer") -> None:
-        from vlm.models.errors import ModelError
-        from vlm.models.program.budget import Budget
-
         keep, bare, facts = Budget(tokens=9), make_model(blocks=4).facts, make_model(class_token=True, blocks=4).facts
         with pytest.raises(ModelError) as error:
             method(keep=keep).program(bare)

@@ -10,7 +10,7 @@ from torch import Tensor
 from vlm.models.errors import ModelError
 from vlm.models.program.attach import attach
 from vlm.models.program.budget import Budget
-from vlm.models.program.program import llm_before, vit_after
+from vlm.models.program.program import check, llm_before, vit_after
 from vlm.models.program.signals import Attention, VisualFlow
 from vlm.models.pruners.flowcut import Flowcut
 
@@ -176,8 +176,6 @@ def test_bad_input(clear):
         pass
     assert str(error.value) == "llm.before[2]: the language model has layers 1..1; found 2"
     rotary = facts._replace(vision=facts.vision._replace(cuts="dinov3_vit gives its blocks rotary positions"))
-    from vlm.models.program.program import check
-
     with pytest.raises(ModelError) as error:
         check(Flowcut(Budget(tokens=9)).program(facts), rotary)
     expected = "vit.after[0]: tokens cannot go inside this vision encoder: dinov3_vit gives its blocks rotary positions"
