@@ -138,12 +138,13 @@ class ProcessorEncoder:
             media=found.media,
         )
 
-    def ask(self, questions: Sequence[tuple[str, Sequence[bytes], str]]) -> Mapping[str, Any]:
-        """A batch of questions, each with a name for errors, its images and its text, for ``PretrainedVlm.inputs``."""
+    def ask(self, questions: Sequence[tuple[str, Sequence[bytes | str]]]) -> Mapping[str, Any]:
+        """A batch of questions, each with a name for errors, its images and its text in order, for
+        ``PretrainedVlm.inputs``."""
         chats: list[Chat] = []
-        for key, images, text in questions:
-            shown = [decode_image(content, key, self.limits) for content in images]
-            chats.append([("user", [*shown, self._plain(key, text)])])
+        for key, parts in questions:
+            shown = [self._plain(key, p) if isinstance(p, str) else decode_image(p, key, self.limits) for p in parts]
+            chats.append([("user", shown)])
         return process(self.processor, chats, side="left")
 
     def view(self, example: Example) -> list[TokenView]:

@@ -2,12 +2,15 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from itertools import count
 from typing import Any, NamedTuple
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from vlm.build import pad_id
 from vlm.data.batch import Example, collate
+from vlm.data.benchmarks._shared.contract import in_order
 from vlm.data.chat import ChatEncoder
 from vlm.data.decode import decode_image
 from vlm.data.images import Views
@@ -22,11 +25,28 @@ IMAGE_CACHE_BYTES = 256 * 2**20
 
 
 class Prompt(NamedTuple):
-    """A question as it is asked: which image (a key of ``read``) and what text."""
+    """A question as it is asked: which image (a key of ``read``; several or none as a tuple) and what text.
 
-    image: str
+    Images stand where the text marks them, else before it (``vlm.data.benchmarks._shared.contract.in_order``).
+    """
+
+    image: str | tuple[str, ...]
     text: str
     max_new_tokens: int
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        return (self.image,) if isinstance(self.image, str) else self.image
+
+    @property
+    def name(self) -> str:
+        """What errors call it."""
+        return ", ".join(self.images) or self.text[:40]
+
+    def parts(self) -> tuple[int | str, ...]:
+        """Text and the numbers of images, in the order they are shown."""
+        number = count()
+        return tuple(next(number) if part is None else part for part in in_order(self.text, len(self.images)))
 
 
 class Asker:
@@ -66,21 +86,23 @@ class Asker:
         """The prompts as one batch."""
         device = next(self.model.parameters()).device
         if isinstance(self.encoder, ProcessorEncoder):
-            batch = self.encoder.ask([(prompt.image, [self.read(prompt.image)], prompt.text) for prompt in prompts])
+            batch = self.encoder.ask([(prompt.name, self._read(prompt)) for prompt in prompts])
             moved = {name: value.to(device) for name, value in batch.items()}
-            return self.model.inputs(moved, [prompt.image for prompt in prompts])
+            return self.model.inputs(moved, [prompt.name for prompt in prompts])
         examples = []
         for prompt in prompts:
-            tokens = self.encoder.prompt((Part("image", ref=0), Part("text", prompt.text)))
-            seen = self._image(prompt.image)
-            tiles = () if seen.tiles is None else (seen.tiles,)
-            examples.append(Example(prompt.image, tokens, [0.0] * len(tokens), seen.pixels, (), 0, tiles))
+            shown = [Part("text", p) if isinstance(p, str) else Part("image", ref=p) for p in prompt.parts()]
+            tokens = self.encoder.prompt(shown)
+            seen = [self._image(key) for key in prompt.images]
+            pixels = torch.cat([image.pixels for image in seen]) if seen else torch.zeros(0, 3, 0, 0)
+            tiles = tuple(image.tiles for image in seen if image.tiles is not None)
+            examples.append(Example(prompt.name, tokens, [0.0] * len(tokens), pixels, (), 0, tiles))
         return inputs_of(collate(examples, pad_id(self.tokenizer)).to(device))
 
     def __call__(self, prompts: Sequence[Prompt], tick: Callable[[int], None]) -> dict[Prompt, str]:
         """The answer to each different prompt, ``tick(n)`` after every n prompts."""
         # One limit per batch, and rows of like length together: less padding.
-        order = sorted(set(prompts), key=lambda p: (p.max_new_tokens, len(p.text), p.text, p.image))
+        order = sorted(set(prompts), key=lambda p: (p.max_new_tokens, len(p.images), len(p.text), p.text, p.images))
         answers: dict[Prompt, str] = {}
         while order:
             limit = order[0].max_new_tokens
@@ -97,6 +119,10 @@ class Asker:
         found = generate(self.model, self.inputs(prompts), max_new_tokens=limit, stop=self.stop, decoder=self.decoder)
         others = self.encoder.stops[1:] if isinstance(self.encoder, ProcessorEncoder) else ()
         return [_until(tokens, others) for tokens in found]
+
+    def _read(self, prompt: Prompt) -> list[bytes | str]:
+        """Encoded images and text, in the order they are shown."""
+        return [part if isinstance(part, str) else self.read(prompt.images[part]) for part in prompt.parts()]
 
     def _image(self, key: str) -> Views:
         assert isinstance(self.encoder, ChatEncoder)

@@ -42,13 +42,8 @@ class Question:
             )
 
     def parts(self) -> tuple[str | None, ...]:
-        """The prompt in the order it is shown: None for each image, text for what lies between; no empty text."""
-        if IMAGE_MARK not in self.prompt:
-            return (*[None] * len(self.images), *([self.prompt] if self.prompt else []))
-        pieces: list[str | None] = []
-        for piece in self.prompt.split(IMAGE_MARK):
-            pieces += [None, piece.strip(" ")]
-        return tuple(piece for piece in pieces[1:] if piece != "")
+        """The prompt in the order it is shown; see `in_order`."""
+        return in_order(self.prompt, len(self.images))
 
     @property
     def image(self) -> str:
@@ -56,6 +51,19 @@ class Question:
         if len(self.images) != 1:
             raise DataError(f"question {self.id!r}: expected one image, found {len(self.images)}")
         return self.images[0]
+
+
+def in_order(prompt: str, images: int) -> tuple[str | None, ...]:
+    """A prompt in the order it is shown: None for each image, text for what lies between; no empty text.
+
+    Images stand at the prompt's marks where it has one for each, else before it.
+    """
+    if not images or prompt.count(IMAGE_MARK) != images:
+        return (*[None] * images, *([prompt] if prompt else []))
+    pieces: list[str | None] = []
+    for piece in prompt.split(IMAGE_MARK):
+        pieces += [None, piece.strip(" ")]
+    return tuple(piece for piece in pieces[1:] if piece != "")
 
 
 @runtime_checkable
