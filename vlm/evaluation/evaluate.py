@@ -33,7 +33,7 @@ class Bench:
         self.questions = self.benchmark.ask()
         read = ImageSource(self.benchmark.images).read
         self.ask = Asker(model, tokenizer, build_encoder(recipe, model, tokenizer), read, recipe.evaluate.batch)
-        self.prompts = [Prompt(q.image, q.prompt, self.benchmark.max_new_tokens) for q in self.questions]
+        self.prompts = [Prompt(q.images, q.prompt, self.benchmark.max_new_tokens) for q in self.questions]
 
     @property
     def different(self) -> int:
