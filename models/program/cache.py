@@ -81,14 +81,14 @@ class Entries(NamedTuple):
 class Row(NamedTuple):
     """What the row of a generated token did in one layer.
 
-    query, key: after the rotation; key holds the entries that were read, real: which of those are no padding. index:
+    query, key: after the rotation; key holds the entries that were read, real: which of those are no padding. place:
     where they stand in the cache, None when all ``entries`` of it were read.
     """
 
     query: Float[Tensor, "batch heads dim"]
     key: Float[Tensor, "batch kv_heads read dim"]
     real: Bool[Tensor, "batch kv_heads read"]
-    index: Int[Tensor, "batch kv_heads read"] | None
+    place: Int[Tensor, "batch kv_heads read"] | None
     entries: int
     scale: float | None
 
@@ -100,10 +100,10 @@ class Row(NamedTuple):
         scale = self.query.shape[2] ** -0.5 if self.scale is None else self.scale
         score = (q @ self.key.transpose(2, 3).to(wide) * scale).masked_fill(~self.real[:, :, None], -torch.inf)
         paid = score.softmax(-1).flatten(1, 2)  # [B,H,R]
-        if self.index is None:
+        if self.place is None:
             return paid
         everywhere = paid.new_zeros(*paid.shape[:2], self.entries)
-        return everywhere.scatter(2, self.index.repeat_interleave(heads // kv_heads, 1), paid)
+        return everywhere.scatter(2, self.place.repeat_interleave(heads // kv_heads, 1), paid)
 
 
 @dataclass(frozen=True)
@@ -191,8 +191,8 @@ class PackedLayer(CacheLayerMixin):
         self._pack(keys, values, real)
 
     def _pack(self, keys: Tensor, values: Tensor, real: Tensor) -> None:
-        self.keys: Tensor = keys[real]
-        self.values: Tensor = values[real]
+        self.keys: Any = keys[real]
+        self.values: Any = values[real]
         self.real = real
 
     def padded(self) -> tuple[Tensor, Tensor]:

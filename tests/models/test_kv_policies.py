@@ -142,10 +142,6 @@ def test_decoding_equals_dense_attention_without_what_was_dropped(make_model, ba
         for step in range(steps):
             torch.testing.assert_close(got[step][b], expected[step], rtol=0, atol=1e-9)
         assert (expected - plain).abs().max() > 1e-3  # what was dropped did matter
-        whole -= sum(
-            2 * (len(stages[max(s for s in stages if s <= n)]) - steps + i) for i in range(steps) for n in range(4)
-        )
-    assert whole < 0
 
 
 @pytest.mark.parametrize("keep", [1, 5, "30%"])

@@ -33,6 +33,7 @@ def restated(model, by_hand, x, image, prompt, focal, count, cut=None):
             attention[:, row] /= attention[:, row].sum(1, keepdim=True)
         return attention
 
+    out = x
     for _ in range(len(x) - prompt):  # each pass settles one more row
         out = by_hand(model, x, edit=edit) if cut is None else by_hand(model, x, edit=edit, cut=cut)
     return out[-(len(x) - prompt) :]

@@ -1,11 +1,14 @@
 """RefreshKV's steps against dense attention in which each head's row sees its own small set."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from vlm.models.kv.recycled import Recycled
 from vlm.models.program.attach import attach
 from vlm.models.program.budget import Budget
+from vlm.models.program.cache import ReadStep
 
 
 class Sets:
@@ -74,16 +77,17 @@ def test_a_step_is_full_where_the_query_has_moved(make_model, batch):
         cosine = torch.nn.functional.cosine_similarity(query.float(), memory["query"].float(), dim=2).mean(1)
         moved.append(((cosine < 0.3) & (entries.step % 2 == 0)).tolist())
 
-    (site, op), *_ = method.program(model.facts)
+    ((site, op),) = method.program(model.facts)
+    assert isinstance(op, ReadStep)
 
     def read(entries, query):
         watch(entries.memory, query, entries)
         marks = op.read(entries, query)
+        assert marks is not None
         whole.append([bool(marks[b][entries.held.valid[b]].all()) for b in range(2)])
         return marks
 
-    program = ((site, type(op)(read, op.seen, op.start, op.needs)),)
-    with torch.no_grad(), attach(model, program):
+    with torch.no_grad(), attach(model, ((site, replace(op, read=read)),)):
         _, stream = model.prefill(inputs)
         for step in range(steps):
             model.step(stream, tokens[:, step])
@@ -97,16 +101,17 @@ def test_the_query_of_the_last_full_step_is_remembered(make_model, batch):
     model, inputs = make_model(), batch("tt#ttt", "t#t#tt")
     queries: list[torch.Tensor] = []
 
-    def seen(entries, row):
-        op.seen(entries, row)
-        if entries.layer == 2:
-            queries.append(entries.memory["query"])
-
     for least, same in ((-1.0, True), (1.1, False)):  # never full, always full
         queries.clear()
-        method = Recycled(Budget.parse(6), refresh="query", check=1, least=least)
-        (site, op), *_ = method.program(model.facts)
-        with torch.no_grad(), attach(model, ((site, type(op)(op.read, seen, op.start, op.needs)),)):
+        ((site, op),) = Recycled(Budget.parse(6), refresh="query", check=1, least=least).program(model.facts)
+        assert isinstance(op, ReadStep)
+
+        def seen(entries, row, op=op):
+            op.seen(entries, row)
+            if entries.layer == 2:
+                queries.append(entries.memory["query"])
+
+        with torch.no_grad(), attach(model, ((site, replace(op, seen=seen)),)):
             _, stream = model.prefill(inputs)
             for token in range(3):
                 model.step(stream, torch.tensor([token, token]))
