@@ -94,9 +94,13 @@ def _check_lengths(recipe: Recipe, model: BaseVlm) -> None:
             f"model.max_tokens: expected more than the {full} visual tokens of an image, which are never cut; "
             f"found {most}"
         )
-    if prune is None or prune.schedule is None or model.most_visual_tokens is not None:
+    if prune is None or prune.schedule is None:
         return
-    if create("prune", prune).keep.tokens:
+    keep = create("prune", prune).keep
+    if keep is None:
+        where = prune.where or "prune"
+        raise RecipeError(f"{where}: keep: expected a budget for prune.schedule to come down to; found none")
+    if keep.tokens and model.most_visual_tokens is None:
         raise RecipeError(
             f"{prune.where or 'prune'}: keep: expected a share such as 25%, because prune.schedule comes down from a "
             "share and the visual tokens of this model depend on the image; found a number"
