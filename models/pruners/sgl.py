@@ -16,7 +16,8 @@ class Sgl:
 
     The guide is a small model of the same family in the paper, given in Python; in a recipe it is the model itself
     (``guide: self``), in a first pass without the cut: it then costs more than it saves, and shows how far the ranking
-    can carry. See :class:`~vlm.models.program.guide.Guide`.
+    can carry. Seconds of a report count that pass; FLOPs, which leave scoring out, do not. See
+    :class:`~vlm.models.program.guide.Guide`.
 
     layer: the cut is at the input of this decoder layer, by default at 0.4 of the depth. generated: so many tokens of
     the guide's answer have a say too, up to the token ``stop`` (the paper takes the whole answer; 0 the question only,
