@@ -10,6 +10,7 @@ from transformers import CLIPImageProcessor, LlavaConfig, LlavaForConditionalGen
 from vlm.models.backbones.huggingface import HuggingFace
 from vlm.models.connectors.mlp import Mlp
 from vlm.models.errors import ModelError
+from vlm.models.lora import merged
 from vlm.models.vision_language import VisionLanguageModel
 
 IMAGE = "<image>"
@@ -21,7 +22,9 @@ def to_llava(model: VisionLanguageModel, image_token: int) -> LlavaForConditiona
 
     The vocabulary grows when the token is beyond it; logits of the tokens that were there are equal. Raises ModelError
     for parts that LLaVA does not have: it takes an encoder of Transformers, an MLP of two layers and a plain head.
+    Adapters are merged.
     """
+    model = merged(model)
     vision, connector, language = model.vision, model.connector, model.language
     text: Any = language.config
     plain = all(getattr(text, name, None) in (None, 1.0) for name in _SCALES)

@@ -1,5 +1,6 @@
 """Low-rank adapters (LoRA) on the linear layers of a part of a model, through the ``peft`` library."""
 
+import copy
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -68,6 +69,9 @@ def adapt(part: Role, role: str, lora: Lora, head: nn.Module | None) -> None:
     vars(part.root).pop("peft_config", None)  # else the next part's adapters are taken for further ones of this
     for value in part.root.parameters():  # peft freezes all but adapters: who trains is said elsewhere
         value.requires_grad_(wanted.get(id(value), True))
+    for name in names:
+        layer: Any = part.root.get_submodule(name)
+        layer.train(layer.get_base_layer().training)
     for _, value in adapters(part):
         if value.dtype in (torch.bfloat16, torch.float16):
             value.data = value.data.float()
@@ -82,3 +86,12 @@ def merge_adapters(root: nn.Module) -> None:
         layer.merge()
         parent, _, own = name.rpartition(".")
         setattr(root.get_submodule(parent), own, layer.get_base_layer())
+
+
+def merged(root: nn.Module) -> Any:
+    """``root`` itself where it has no adapters; otherwise a copy of it in which they are merged."""
+    if not any(is_adapter(name) for name, _ in root.named_parameters()):
+        return root
+    copied = copy.deepcopy(root)
+    merge_adapters(copied)
+    return copied

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vlm.models.errors import ModelError
 from vlm.models.language import build_language, load_tokenizer
+from vlm.models.lora import merged
 from vlm.models.part import Part
 from vlm.models.vision_language import VisionLanguageModel
 
@@ -52,9 +53,11 @@ def save_composed(
     Keys are those of ``model.state_dict()``; what is tied is written once. Above 5 GB weights are split into files with
     an index, as Transformers does. ``recipe`` is its text. A folder that holds a saved model is replaced.
 
+    Adapters are merged into what is written.
+
     Raises ModelError for a part that cannot be described, or a folder with something else in it.
     """
-    place = Path(folder)
+    place, model = Path(folder), merged(model)
     taken = place.exists() and (not place.is_dir() or any(place.iterdir()))
     if taken and _read_config(place).get("model_type") != MODEL_TYPE:
         raise ModelError(f"save: {place} holds something else; expected an empty folder or a saved composed model")
