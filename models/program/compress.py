@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -52,11 +53,8 @@ def shared_out(
     ``divide(sample, total, room)`` says how many of ``total`` entries before the windows each layer gets, none more
     than its ``room``. A cut inside the language model leaves later layers shorter prompts, budgets and rooms.
     """
-    rows = [Window(window, keep).of(entries.prompt) for entries in layers]
-    count = [one.clone() for one in rows]
-    for sample in range(len(rows[0])):
-        room = [int(e.prompt[sample] - w[sample]) for e, w in zip(layers, rows, strict=True)]
-        total = sum(int(capacity(keep, e)[sample] - w[sample]) for e, w in zip(layers, rows, strict=True))
-        for own, more in zip(count, divide(sample, total, room), strict=True):
-            own[sample] += more
-    return count
+    rows = torch.stack([Window(window, keep).of(entries.prompt) for entries in layers], 1)  # [B, layers]
+    room = torch.stack([entries.prompt for entries in layers], 1) - rows
+    total = torch.stack([capacity(keep, entries) for entries in layers], 1).sum(1) - rows.sum(1)
+    each = [divide(n, *one) for n, one in enumerate(zip(total.tolist(), room.tolist(), strict=True))]
+    return list((rows + rows.new_tensor(each)).unbind(1))

@@ -36,8 +36,9 @@ class Window(NamedTuple):
 def pyramid(capacity: int, window: int, length: int, layers: int, slope: int = 20) -> list[int]:
     """Entries of each layer, the ``window`` among them: falling linearly, ``capacity`` on average.
 
-    The last layer's share before the window is the mean divided by ``slope``. A prompt shorter than twice the mean
-    gets ``capacity`` everywhere, and one not longer than that stays whole.
+    The last layer's share before the window is the mean divided by ``slope``. Steps are whole numbers, rounded down
+    from the first layer on, which gives up to ``(layers - 1) / 2`` entries a layer more than the mean. A prompt shorter
+    than twice the mean gets ``capacity`` everywhere, and one not longer than that stays whole.
     Source: PyramidKV (arXiv 2406.02069), section 4.2 and official code.
     """
     if length <= capacity:

@@ -22,6 +22,11 @@ from transformers import AutoModelForImageTextToText, CLIPVisionConfig, PreTrain
 from vlm.data.draw import Draw
 from vlm.data.schema import Message, Part, Sample
 from vlm.models.errors import ModelError
+from vlm.models.kv.adakv import Adakv
+from vlm.models.kv.fastocr import Fastocr
+from vlm.models.kv.guikv import Guikv
+from vlm.models.kv.h2o import H2o
+from vlm.models.kv.recycled import Recycled
 from vlm.models.pretrained import PretrainedVlm, load_pretrained
 from vlm.models.program.attach import attach
 from vlm.models.program.budget import Budget
@@ -262,9 +267,9 @@ def a_sample_alone_equals_the_sample_in_a_batch(case: Case) -> None:
     model = case.ours.double()
     # eager attention takes its softmax in float32
     near: Any = {"rtol": 0, "atol": 1e-8 if model.language.config._attn_implementation == "sdpa" else 1e-5}
-    programs: list[Any] = [(), Random(keep=HALF), Divprune(HALF, position="keep")] + (
-        [Fastv(HALF, 1)] if case.inside else []
-    )
+    programs: list[Any] = [(), Random(keep=HALF), Divprune(HALF, position="keep")]
+    if case.inside:
+        programs += [Fastv(HALF, 1), Adakv(HALF), Guikv(HALF), H2o(HALF), Fastocr(HALF, (0,)), Recycled(HALF)]
     try:
         for method in programs:
             with attach(model, method.program(model.facts) if method else ()):
