@@ -20,6 +20,7 @@ KINDS = {
     "prune": "pruner",
     "kv": "cache policy",
     "mitigate": "mitigator",
+    "decode": "decoder",
     "objective": "objective",
     "benchmark": "benchmark",
     "make": "data maker",

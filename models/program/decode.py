@@ -1,7 +1,7 @@
 """Decoding: the one loop that generates, with as many streams as the program's logits ops ask for."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from jaxtyping import Int
@@ -26,8 +26,7 @@ class Decoder(Protocol):
     beams: whether several hypotheses of a prompt compete.
     """
 
-    @property
-    def beams(self) -> bool: ...
+    beams: ClassVar[bool]
 
     def begin(self, prompts: Prompts) -> Search: ...
 

@@ -17,7 +17,7 @@ from vlm.models.program.contrast import keep_only, largest, nucleus, wide
 class Prompts(NamedTuple):
     """What a search starts with. seeds: gives an integer of each prompt's own text and pixels."""
 
-    count: int
+    number: int
     stop: int
     limit: int
     device: torch.device
@@ -64,7 +64,7 @@ class Pick:
     ) -> None:
         self.stop, self.limit = prompts.stop, prompts.limit
         self.choose = choose or (lambda logits, step: logits.argmax(-1))
-        done = torch.zeros(prompts.count, dtype=torch.bool, device=prompts.device)
+        done = torch.zeros(prompts.number, dtype=torch.bool, device=prompts.device)
         self.state: tuple[tuple[Int[Tensor, " rows"], ...], Bool[Tensor, " rows"]] = ((), done)
 
     def score(self, logits: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:
@@ -147,7 +147,7 @@ class BeamSearch:
     def __init__(self, prompts: Prompts, beams: int, length_penalty: float, early: bool | Literal["never"]) -> None:
         self.width, self.power, self.early = beams, length_penalty, early
         self.stop, self.limit = prompts.stop, prompts.limit
-        shape = (prompts.count, beams)
+        shape = (prompts.number, beams)
         score = torch.full(shape, -torch.inf, device=prompts.device)
         tokens = torch.empty(*shape, 0, dtype=torch.long, device=prompts.device)
         nothing = torch.zeros(shape, dtype=torch.bool, device=prompts.device)

@@ -199,11 +199,14 @@ def test_sliding_window_attention_is_refused(make_model):
         pass
 
 
-def test_an_unknown_stream_is_refused(make_model, batch):
+def test_a_state_after_a_layer_that_does_not_exist_is_refused(make_model):
     model = make_model()
-    program = ((LOGITS, Rewrite(("noised",), lambda by_stream, step: by_stream["main"])),)
-    with attach(model, program), pytest.raises(ModelError, match="unknown stream 'noised'; known: main, no_image"):
-        generate(model, batch("t#t"), max_new_tokens=1, stop=1)
+    program = ((LOGITS, Rewrite(lambda now: now.main, inner=(2, 5))),)
+    with (
+        pytest.raises(ModelError, match=r"^logits: it reads the state after 0 to 4 layers; found 5"),
+        attach(model, program),
+    ):
+        pass
 
 
 def gradients(model: Any, *losses: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from vlm.build import build_encoder, program_of
+from vlm.build import build_encoder, decoder_of, program_of
 from vlm.create import create
 from vlm.data.benchmarks._shared.images import ImageSource
 from vlm.evaluation.answer import Asker, Prompt
@@ -32,7 +32,8 @@ class Bench:
         self.benchmark: Any = create("benchmark", recipe.evaluate.benchmarks[label])
         self.questions = self.benchmark.ask()
         read = ImageSource(self.benchmark.images).read
-        self.ask = Asker(model, tokenizer, build_encoder(recipe, model, tokenizer), read, recipe.evaluate.batch)
+        encoder, batch = build_encoder(recipe, model, tokenizer), recipe.evaluate.batch
+        self.ask = Asker(model, tokenizer, encoder, read, batch, decoder_of(recipe))
         self.prompts = [Prompt(q.images, q.prompt, self.benchmark.max_new_tokens) for q in self.questions]
 
     @property
@@ -96,6 +97,14 @@ def evaluate(recipe: Recipe, model: VisionLanguageModel, tokenizer: PreTrainedTo
     return path
 
 
+def _decoding(decoder: Any) -> str:
+    """How tokens were chosen, with every option: ``beam width=5 length_penalty=1.0 early_stopping=False``."""
+    if decoder is None:
+        return "greedy"
+    options = [f"{name}={value}" for name, value in vars(decoder).items()]
+    return " ".join([type(decoder).__name__.lower(), *options])
+
+
 def _evaluate_row(
     row: Comparison, model: VisionLanguageModel, benches: list[Bench], plain: dict[str, dict[str, str]], tick: Any
 ) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
@@ -115,6 +124,7 @@ def _evaluate_row(
         if plain:
             change |= bench.named(bench.benchmark.compare(plain[bench.label], given))
     mitigate = [method.record() for method in row.mitigate]
+    decoding = _decoding(benches[0].ask.decoder) if benches else "greedy"
     result = {
         "label": row.title,
         "prune": row.prune.record() if row.prune else None,
@@ -123,6 +133,6 @@ def _evaluate_row(
         "metrics": metrics,
         "cost": cost,
         "change": change,
-        "protocol": {name: {**card, "decoding": "greedy"} for name, card in protocol.items()},
+        "protocol": {name: {**card, "decoding": decoding} for name, card in protocol.items()},
     }
     return result, answers

@@ -17,7 +17,6 @@ from vlm.evaluation.stand_in import GivenFeatures, prompt, stand_in
 from vlm.models.program.attach import attach
 from vlm.models.program.budget import Budget
 from vlm.models.program.cache import Evict, EvictStep, ReadStep
-from vlm.models.program.decode import STREAMS
 from vlm.models.program.program import LLM_IN, Program, Rewrite, Select, Site, llm_before
 from vlm.models.program.schedule import TEXT, BudgetReport, report
 from vlm.models.program.select import even_stride
@@ -42,9 +41,9 @@ def forecast(program: Program, visual: int, decoder: DecoderShape) -> Forecast:
     """The cost of a prompt whose image has ``visual`` tokens before any cut."""
     per_layer, most = visual_per_layer(program, visual, decoder.layers)
     main = report(per_layer, TEXT, decoder, _held(program, per_layer, decoder))
-    names = {name for _, op in program if isinstance(op, Rewrite) for name in op.streams} & set(STREAMS) - {"main"}
-    blind = [0] * decoder.layers  # every other stream there is goes without the image
-    others = [report(blind, TEXT, decoder, _held(program, blind, decoder)) for _ in names]
+    contexts = {context for _, op in program if isinstance(op, Rewrite) for context in op.streams}
+    shown = [per_layer if context.image else [0] * decoder.layers for context in contexts]
+    others = [report(counts, TEXT, decoder, _held(program, counts, decoder)) for counts in shown]
     streams = [main, *others]
     return Forecast(main, sum(s.flops for s in streams), sum(s.kv_bytes for s in streams), most)
 

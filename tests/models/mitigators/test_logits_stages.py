@@ -54,7 +54,8 @@ def llava() -> Any:
     text = LlamaConfig(
         **sizes, num_hidden_layers=4, num_key_value_heads=2, vocab_size=40, initializer_range=0.25, pad_token_id=0
     )
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=39)
+    config: Any = LlavaConfig(vision_config=vision, text_config=text)
+    config.image_token_id = 39
     return PretrainedVlm(LlavaForConditionalGeneration(config)).double().eval()
 
 
@@ -190,7 +191,7 @@ def test_icd_tokenizes_its_words_or_says_that_it_cannot(make_model):
     with pytest.raises(ModelError, match=r"icd.prefix: this model comes without its tokenizer; give ids as icd.tokens"):
         Icd().program(model.facts)
     model.tokenize = lambda text: [len(word) for word in text.split()]
-    ((_, op),) = Icd().program(model.facts)
+    op: Any = Icd().program(model.facts)[0][1]
     assert op.streams[0].ids == (3, 3, 1, 8, 6, 9)
     with pytest.raises(ModelError, match=r"icd.prefix: expected words that disturb; found '', which is no token"):
         Icd(prefix="").program(model.facts)
@@ -315,7 +316,8 @@ def test_vista_sla(one, spliced, norm):
 
 def test_the_windows_of_a_model_of_32_layers(make_model):
     facts = make_model().facts._replace(layers=32)
-    assert [op.inner for _, op in Vistasla().program(facts) + Deco().program(facts)] == [
+    program: Any = Vistasla().program(facts) + Deco().program(facts)
+    assert [op.inner for _, op in program] == [
         tuple(range(26, 32)),  # after layers 25 to 30
         tuple(range(21, 30)),  # after layers 20 to 28
     ]

@@ -67,6 +67,7 @@ def test_scores_equal_recomputing_every_continuation(make_model, batch, spliced,
     with attach(model, cut + opera.program(model.facts)), torch.no_grad():
         decode, streams = a_decode(model, inputs, 2, [])
         controller = model.engine.control.begin(decode)
+        scores, got, back = torch.empty(0), torch.empty(0), None
         for step in range(length + 1):
             scores = streams.logits["main"].log_softmax(-1)
             got, back = controller.score(scores)
@@ -125,6 +126,7 @@ def scripted(model: Any, inputs: Any, threshold: int, candidates: int, limit: in
             continue
         if search.finished:
             return search.answers()[0], went
+        assert move.rows is not None
         streams.reorder(move.rows)
         streams.step(move.tokens)
 
@@ -141,7 +143,7 @@ def test_going_back_brings_texts_and_logits_back_and_rules_out_what_was_chosen(m
         lengths = [(len(before[0]), len(after[0])) for before, after, _ in went]
         assert lengths == [(15, 11), (15, 11), (15, 10), (15, 10)]
         for _, tokens, logits in went:
-            fresh = model.prefill(inputs)[1].take_rows(torch.zeros(2).long())
+            value, fresh = None, model.prefill(inputs)[1].take_rows(torch.zeros(2).long())
             for token in torch.tensor(tokens).unbind(1):
                 value = model.step(fresh, token)
             torch.testing.assert_close(logits, value, rtol=0, atol=1e-9)
