@@ -28,7 +28,7 @@ class Fastocr:
     """
 
     source: ClassVar[str] = "FastOCR (arXiv 2605.17447), abstract"
-    verified: ClassVar[str] = "reconstruction"
+    verified: ClassVar[str] = "reconstruction from the abstract"
 
     keep: Budget
     focal: tuple[int, ...] = ()

@@ -28,7 +28,7 @@ class Recycled:
     """
 
     source: ClassVar[str] = "Recycled Attention / RefreshKV (ACL 2025), section 3"
-    verified: ClassVar[str] = "reconstruction"
+    verified: ClassVar[str] = "abstract and a secondary note; grouped heads: reconstruction"
 
     keep: Budget
     refresh: Literal["stride", "query"] = "stride"

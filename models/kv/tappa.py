@@ -29,7 +29,7 @@ class Tappa:
     """
 
     source: ClassVar[str] = "TAPPA (ICLR 2026), sections 4 and 5.1; official code"
-    verified: ClassVar[str] = "golden"
+    verified: ClassVar[str] = "golden similarity; budgets and scores from code"
 
     keep: Budget
     rows: int = 32

@@ -29,7 +29,7 @@ class Taskkv:
     """
 
     source: ClassVar[str] = "Task-KV (arXiv 2501.15113), section 3"
-    verified: ClassVar[str] = "reconstruction"
+    verified: ClassVar[str] = "paper; ties and grouped heads: reconstruction"
 
     keep: Budget
     share: float = 0.25
