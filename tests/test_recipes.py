@@ -5,9 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from vlm.build import build_encoder, build_model, build_tokenizer
+from vlm.build import build_encoder, build_model, build_tokenizer, program_of
 from vlm.commands import main
 from vlm.create import names
+from vlm.evaluation.cost import prompt_cost
+from vlm.evaluation.forecast import forecast
+from vlm.evaluation.stand_in import prompt
+from vlm.models.program.attach import attach
+from vlm.models.vision_language import VisionLanguageModel
 from vlm.recipe import load_recipe
 
 FOLDER = Path(__file__).parent.parent / "recipes"
@@ -60,6 +65,25 @@ def test_every_pruner_and_cache_policy_is_compared_on_scenes(kind, file):
     methods = [str(method.use) for row in rows if (method := getattr(row, kind))]
     assert sorted(set(methods)) == names(kind)
     assert all(methods.count(name) > 1 for name in names(kind))  # budgets
+
+
+@pytest.mark.parametrize("file", ["scenes_pruners", "scenes_kv"])
+def test_every_row_runs_and_costs_what_the_plan_says(file, stand_ins):
+    recipe = load_recipe(FOLDER / f"{file}.yaml", [f"model.language.tokenizer={stand_ins / 'scenes/tokenizer'}"])
+    tokenizer = build_tokenizer(recipe)
+    model = build_model(recipe, tokenizer).eval()
+    shape = model.facts.shape
+    assert isinstance(model, VisionLanguageModel) and shape is not None
+    inputs = prompt(64, side=48, vocabulary=len(tokenizer))
+    for row in recipe.comparisons:
+        program = program_of(row, model.facts)
+        told = forecast(program, model.visual_tokens, shape)
+        with attach(model, program):
+            found = prompt_cost(model, inputs)
+        if not told.most:
+            assert found["visual_tokens"]["per_layer"] == list(told.main.visual), row.title
+        # an entry per layer, where layers divide a budget by what they attend to and round it
+        assert found["kv_bytes_per_prompt"] <= told.kv_bytes + shape.layers * shape.kv_bytes(1), row.title
 
 
 @pytest.mark.parametrize(("file", "resize"), [("llava15_7b", "pad"), ("nanovlm_222m", "stretch")])

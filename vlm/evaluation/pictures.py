@@ -13,6 +13,7 @@ from vlm.build import program_of
 from vlm.evaluation.answer import Asker, Prompt
 from vlm.models.base import BaseVlm, Overview
 from vlm.models.program.attach import attach
+from vlm.models.program.cache import Evict, EvictStep, ReadStep
 from vlm.models.program.decode import open_streams
 from vlm.models.program.layout import Layout
 from vlm.models.program.program import Program, Tap, attn
@@ -83,7 +84,9 @@ def _view(
     asker: Asker = bench.ask
     inputs = asker.inputs(prompts)
     gaze = Gaze(frames)
-    with attach(model, program + gaze.taps(model.facts.layers)):
+    # Under a cache policy heads hold entries of their own, and nobody can say where all of them looked.
+    looks = not any(isinstance(op, Evict | EvictStep | ReadStep) for _, op in program)
+    with attach(model, program + gaze.taps(model.facts.layers) if looks else program):
         tokens = asker.generate(prompts)
         layout = open_streams(model, inputs)[1]["main"].run.last
     answers = [text.strip() for text in asker.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
@@ -93,7 +96,7 @@ def _view(
             "label": row.title,
             "grid": [frame.rows, frame.cols] if frame else [1, 1],
             "kept": kept_places(layout, i, frame) if cut and frame else None,
-            "heat": gaze.heat[i].tolist(),
+            "heat": gaze.heat[i].tolist() if looks else None,
             "answer": answer,
             "mentions": bench.benchmark.mentions(bench.questions[i].id, answer),
         }

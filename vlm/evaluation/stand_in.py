@@ -44,9 +44,9 @@ def stand_in(shape: DecoderShape, vision: nn.Module) -> VisionLanguageModel:
     return VisionLanguageModel(vision, connector, build_language(config, VOCABULARY)).eval()
 
 
-def prompt(text: int, device: torch.device | None = None, side: int = 1) -> Inputs:
+def prompt(text: int, device: torch.device | None = None, side: int = 1, vocabulary: int = VOCABULARY) -> Inputs:
     """One row: half of ``text`` random tokens, an image of noise, the other half."""
-    tokens = torch.randint(0, VOCABULARY, (1, text + 1), device=device)
+    tokens = torch.randint(0, vocabulary, (1, text + 1), device=device)
     tokens[0, text // 2] = IMAGE_TOKEN
     owner = torch.zeros(1, dtype=torch.long, device=device)
     image = torch.randn(1, 3, side, side, device=device)
