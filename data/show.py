@@ -8,9 +8,10 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable, Sequence
 from html import escape
+from typing import Protocol
 
 from vlm.data.batch import Example
-from vlm.data.chat import ChatEncoder, TokenView
+from vlm.data.chat import Template, TokenView
 from vlm.data.schema import Message, Sample
 
 _MIME = {"png": "png", "jpg": "jpeg", "jpeg": "jpeg", "webp": "webp", "bmp": "bmp"}
@@ -36,7 +37,15 @@ white-space:pre-wrap}
 """
 
 
-def show(pairs: Iterable[tuple[Sample, Example]], encoder: ChatEncoder, title: str = "Samples") -> str:
+class Viewer(Protocol):
+    """Who encoded the samples, and can say what each token is."""
+
+    template: Template
+
+    def view(self, example: Example) -> list[TokenView]: ...
+
+
+def show(pairs: Iterable[tuple[Sample, Example]], encoder: Viewer, title: str = "Samples") -> str:
     """The page as a string. Each sample comes with its example after template, masking and cutting."""
     cards = [_card(sample, example, encoder) for sample, example in pairs]
     head = (
@@ -52,7 +61,7 @@ def show(pairs: Iterable[tuple[Sample, Example]], encoder: ChatEncoder, title: s
     return f"{head}<title>{escape(title)}</title><style>{_STYLE}</style>{intro}{''.join(cards)}</html>\n"
 
 
-def _card(sample: Sample, example: Example, encoder: ChatEncoder) -> str:
+def _card(sample: Sample, example: Example, encoder: Viewer) -> str:
     figures = "".join(_figure(ext, content, n) for n, (ext, content) in enumerate(_media(sample)))
     turns = "".join(_turn(message) for message in sample.messages)
     tokens = "".join(_token(view) for view in encoder.view(example))

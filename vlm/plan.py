@@ -169,7 +169,7 @@ def _programs(recipe: Recipe, model: BaseVlm) -> list[str]:
     facts, full = model.facts, model.most_visual_tokens or EXAMPLE
     assert facts.shape is not None  # every model of ours tells it
     plain = forecast((), full, facts.shape)
-    rows = [
+    rows: list[tuple[str, ...]] = [
         ("program", "visual tokens per image x layers", "average", "final", "LLM FLOPs vs plain", "KV bytes vs plain")
     ]
     most = False

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from vlm.data.batch import Example
-    from vlm.data.chat import ChatEncoder
     from vlm.data.schema import Sample
     from vlm.recipe import Method, Recipe
 
@@ -230,7 +229,7 @@ def _show(arguments: argparse.Namespace) -> None:
     print(out)
 
 
-def _samples(recipe: "Recipe", encoder: "ChatEncoder", count: int) -> list[tuple["Sample", "Example"]]:
+def _samples(recipe: "Recipe", encoder: Any, count: int) -> list[tuple["Sample", "Example"]]:
     """``count`` samples of every source, evenly spread over it, each with what the encoder makes of it."""
     from vlm.data.draw import Draw
     from vlm.data.index import load_manifest

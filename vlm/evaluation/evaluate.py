@@ -16,8 +16,8 @@ from vlm.data.benchmarks._shared.images import ImageSource
 from vlm.evaluation.answer import Asker, Prompt
 from vlm.evaluation.cost import prefill_seconds, prompt_cost
 from vlm.evaluation.pictures import draw_pictures
+from vlm.models.base import BaseVlm
 from vlm.models.program.attach import attach
-from vlm.models.vision_language import Inputs, VisionLanguageModel
 from vlm.progress import Progress
 from vlm.recipe import Recipe
 from vlm.recipe.schema import Comparison
@@ -27,7 +27,7 @@ from vlm.training.train import versions
 class Bench:
     """A benchmark opened: its questions, and who answers them."""
 
-    def __init__(self, recipe: Recipe, label: str, model: VisionLanguageModel, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, recipe: Recipe, label: str, model: BaseVlm, tokenizer: PreTrainedTokenizerBase):
         self.label = label
         self.benchmark: Any = create("benchmark", recipe.evaluate.benchmarks[label])
         self.questions = self.benchmark.ask()
@@ -40,7 +40,7 @@ class Bench:
     def different(self) -> int:
         return len(set(self.prompts))
 
-    def batch(self) -> Inputs:
+    def batch(self) -> Any:
         """The first questions as one batch."""
         return self.ask.inputs(self.prompts[: self.ask.batch])
 
@@ -53,7 +53,7 @@ class Bench:
         return {f"{self.label}_{suffix}" if suffix else self.label: value for suffix, value in values.items()}
 
 
-def evaluate(recipe: Recipe, model: VisionLanguageModel, tokenizer: PreTrainedTokenizerBase, weights: Path) -> Path:
+def evaluate(recipe: Recipe, model: BaseVlm, tokenizer: PreTrainedTokenizerBase, weights: Path) -> Path:
     """Run the recipe's evaluation; writes evaluation.json and pictures.json into the run's folder.
 
     weights: where the model's weights come from, for the protocol. Returns the path of evaluation.json.
@@ -106,7 +106,7 @@ def _decoding(decoder: Any) -> str:
 
 
 def _evaluate_row(
-    row: Comparison, model: VisionLanguageModel, benches: list[Bench], plain: dict[str, dict[str, str]], tick: Any
+    row: Comparison, model: BaseVlm, benches: list[Bench], plain: dict[str, dict[str, str]], tick: Any
 ) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
     """The entry of one row in evaluation.json, and its answers by benchmark and question."""
     begun = time.perf_counter()

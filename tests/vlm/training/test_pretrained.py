@@ -325,9 +325,7 @@ def test_what_an_answer_teaches_ends_with_the_end_token(whole: Any, stand_ins: P
 def test_text_that_spells_a_special_token_is_refused(text: str, whole: Any, stand_ins: Path) -> None:
     recipe = whole("llava")
     encoder = build_encoder(recipe, built(recipe), build_tokenizer(recipe))
-    with pytest.raises(
-        DataError, match=r"text: expected no special token, found '<(image|eos)>' spelt out"
-    ):
+    with pytest.raises(DataError, match=r"text: expected no special token, found '<(image|eos)>' spelt out"):
         encoder(sample(text, "no", images=1, stand_ins=stand_ins), Draw(0, 0, 0))
 
 
