@@ -110,20 +110,19 @@ class ImageTransform:
 def tile_grid(height: int, width: int, size: tuple[int, int], max_tiles: int) -> tuple[int, int]:
     """Rows and columns of the grid of at most `max_tiles` tiles of `size` that shows a picture best.
 
-    Best is what keeps the most of the picture's pixels and, among those, wastes the fewest of the grid's; then the
-    fewest tiles. Source: LLaVA-NeXT (2024), its `select_best_resolution`, over all grids.
+    Best is what keeps the most of the picture's pixels and, among those, wastes the fewest of the grid's: the fewest
+    tiles. Source: LLaVA-NeXT (2024), its `select_best_resolution`, over all grids.
     """
 
-    def worth(grid: tuple[int, int]) -> tuple[int, int]:
+    def kept(grid: tuple[int, int]) -> int:
         rows, columns = grid[0] * size[0], grid[1] * size[1]
         if rows * width <= columns * height:
-            kept = rows * (width * rows // height)
+            shown = rows * (width * rows // height)
         else:
-            kept = columns * (height * columns // width)
-        kept = min(kept, height * width)
-        return kept, kept - rows * columns
+            shown = columns * (height * columns // width)
+        return min(shown, height * width)
 
-    return max(_grids(max_tiles), key=worth)
+    return max(_grids(max_tiles), key=kept)  # the first of the best, and those of fewer tiles come first
 
 
 @cache

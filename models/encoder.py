@@ -40,12 +40,14 @@ class Encoder(Protocol):
     dim: int
     image: ImageSpec
     grid: tuple[int, int]
-    blocks: Sequence[nn.Module]
     depth: int
     output: int
     prefix: int
     class_token: bool
     cuts: str
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]: ...
 
     def __call__(self, images: Float[Tensor, "images 3 height width"]) -> Features: ...
 

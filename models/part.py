@@ -1,7 +1,7 @@
 """What encoders and connectors have in common: a part remembers what it was made with, so that it can be made again."""
 
 import inspect
-from typing import Any
+from typing import Any, Self
 
 from torch import nn
 
@@ -11,7 +11,7 @@ class Part(nn.Module):
 
     made_with: dict[str, Any]
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> "Part":
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         part = super().__new__(cls)
         # Partial, because copying a module makes one without arguments and then gives it its state.
         bound = inspect.signature(cls.__init__).bind_partial(part, *args, **kwargs)

@@ -143,7 +143,7 @@ class VisionLanguageModel(BaseVlm):
             found = self.vision(inputs.images)
             cut = engine.finish(found.tokens)
         features = found.tokens if cut is None else cut.features.to(found.tokens.dtype)
-        left = () if cut is None or engine is None else (cut.place, cut.valid, engine.position == "keep")
+        left: Any = () if cut is None or engine is None else (cut.place, cut.valid, engine.position == "keep")
         projected = self.connector(features, found.grid)
         if table is None:
             return Visual(projected, self.visual_grid, inputs.owner, *left)

@@ -59,7 +59,7 @@ class HuggingFace(Part):
             raise ModelError(f"model.vision: {title}: expected {expected}; found patch {patch}, layer {layer}")
         self.layer = layer
         side = image or found.image_size
-        self.image = ImageSpec(side, *pixels)
+        self.image = ImageSpec(side, *pixels)  # type: ignore[arg-type]
         self.grid = (side // patch, side // patch)
         self.dim: int = found.hidden_size
         self.depth, self.output = depth, layer % depth

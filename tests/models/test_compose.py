@@ -36,8 +36,8 @@ from vlm.models.pruners.divprune import Divprune
 from vlm.models.splice import IMAGE_TOKEN
 from vlm.models.vision_language import Inputs, VisionLanguageModel
 
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
-GRID = {"image_size": 48, "patch_size": 8}
+SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+GRID: dict[str, Any] = {"image_size": 48, "patch_size": 8}
 TEXT = {**SIZES, "vocab_size": 20, "eos_token_id": 2}
 CHECKPOINTS = {
     "clip": CLIPVisionConfig(**SIZES, **GRID),
@@ -146,7 +146,7 @@ def test_an_encoder_from_a_config_has_the_shape_of_the_checkpoint(tmp_path, laye
         ),
     ],
 )
-def test_an_encoder_that_cannot_be_made(options, message):
+def test_an_encoder_that_cannot_be_made(options: Any, message: str):
     with pytest.raises(ModelError, match=message) as error:
         HuggingFace(**options)
     assert "\n" not in str(error.value)
@@ -155,6 +155,7 @@ def test_an_encoder_that_cannot_be_made(options, message):
 def test_naflex_is_refused(tmp_path):
     config = Siglip2VisionConfig(**SIZES, patch_size=8, num_patches=36)
     folder = checkpoint(config, tmp_path)
-    for options in ({"name": folder}, {"config": config.to_dict()}):
+    ways: list[dict[str, Any]] = [{"name": folder}, {"config": config.to_dict()}]
+    for options in ways:
         with pytest.raises(ModelError, match="is a NaFlex model, which takes packed patches of any shape"):
             HuggingFace(**options)

@@ -23,7 +23,7 @@ from vlm.models.program.select import even_stride
 from vlm.models.pruners.visionzip import Visionzip
 from vlm.models.vision_language import VisionLanguageModel
 
-LLAMA = {
+LLAMA: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -37,7 +37,7 @@ class Plain(nn.Module):
 
     def __init__(self, size: int, grid: tuple[int, int], mean: float = 0.0, std: float = 1.0, prefix: int = 0) -> None:
         super().__init__()
-        self.image = ImageSpec(size, (mean,) * 3, (std,) * 3)
+        self.image = ImageSpec(size, (mean, mean, mean), (std, std, std))
         self.dim, self.grid, self.prefix = 3, grid, prefix
         self.blocks, self.depth, self.output, self.class_token, self.cuts = (), 0, 0, False, "none"
         self.seen: list[torch.Tensor] = []

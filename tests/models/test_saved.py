@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, CLIPImageProcessor, CLIPVisionConfig, PreTrainedTokenizerFast
 
 from vlm.models.backbones.conv_vit import ConvVit
@@ -23,7 +22,7 @@ from vlm.models.language import build_language
 from vlm.models.saved import load_composed, load_weights, save_composed
 from vlm.models.vision_language import VisionLanguageModel
 
-LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 def compose(vision: Any, make_connector: Any = Linear, kind: str = "llama", max_tiles: int = 0, **language: Any) -> Any:
@@ -73,7 +72,8 @@ def test_what_is_read_is_what_was_written(batch, clip, tmp_path, name, tied):
     own, other = model.state_dict(), found.model.state_dict()
     assert list(own) == list(other) and all(torch.equal(own[key], other[key]) for key in own)
     assert same(model, found.model, inputs) and not found.model.training
-    head, embeddings = found.model.language.get_output_embeddings(), found.model.language.get_input_embeddings()
+    language: Any = found.model.language
+    head, embeddings = language.get_output_embeddings(), language.get_input_embeddings()
     assert (head.weight is embeddings.weight) == tied
 
 
@@ -184,7 +184,7 @@ def test_many_wrong_keys_are_counted(saved):
 
 
 def test_weights_enter_a_model_in_its_own_types(saved):
-    model = nn.Module.double(compose(ConvVit(48, dim=16, depth=1, heads=2)))
+    model = compose(ConvVit(48, dim=16, depth=1, heads=2)).double()
     with torch.no_grad():
         model.connector.layer.weight.zero_()
     load_weights(model, saved)

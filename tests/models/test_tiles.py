@@ -22,7 +22,7 @@ from vlm.models.splice import IMAGE_TOKEN
 from vlm.models.tiles import tile_table
 from vlm.models.vision_language import Inputs, VisionLanguageModel
 
-LLAMA = {
+LLAMA: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 32,
     "intermediate_size": 48,

@@ -55,7 +55,7 @@ def test_random_choice_depends_on_the_pixels_alone(make_model, batch, alone):
 def test_a_folding_connector_is_refused(make_model, batch):
     model = make_model(shuffle=2)
     with (
-        pytest.raises(ModelError, match=r"vit.out: the connector Mlp mixes tokens, \(6, 6\) to \(3, 3\); prune at llm.in"),
+        pytest.raises(ModelError, match=r"vit.out: the connector Mlp mixes tokens, \(6, 6\) to \(3, 3\); prune at"),
         attach(model, ((VIT_OUT, Select(QUARTER, even_stride())),)),
     ):
         pass

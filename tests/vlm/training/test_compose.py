@@ -85,6 +85,7 @@ def test_a_mistake_in_a_nested_part_has_its_place(recipe: Path, override: str, m
 def test_libraries_have_a_short_form_in_parts_too(recipe: Path):
     parts = "model.vision={use: fused, parts: [{timm: vit_tiny_patch16_224, layer: -2}, {hf: some/dinov2}, conv_vit]}"
     loaded = load_recipe(recipe, (parts,))
+    assert loaded.model.vision is not None
     assert [dict(part) for part in loaded.model.vision.options["parts"]] == [
         {"use": "timm", "name": "vit_tiny_patch16_224", "layer": "-2"},
         {"use": "huggingface", "name": "some/dinov2"},
