@@ -51,7 +51,7 @@ def process(processor: Any, chats: Sequence[Chat], *, side: Side = "left") -> Ma
     With a chat template the checkpoint says how turns are written; without one their text follows as it stands, an
     image as the processor's placeholder. Raises ModelError when the processor refuses.
     """
-    texts = [_written(processor, chat, ask=True) for chat in chats]
+    texts = [written(processor, chat, ask=True) for chat in chats]
     return _call(processor, texts, list(map(_images, chats)), padding=True, padding_side=side)
 
 
@@ -90,11 +90,11 @@ class _Script(NamedTuple):
 
 
 def _script(processor: Any, chat: Chat, stops: Sequence[str]) -> _Script:
-    whole = _written(processor, chat, ask=False)
+    whole = written(processor, chat, ask=False)
     text, done, answers, ends = "", 0, [], []
     for turn, (role, _) in enumerate(chat):
-        after = _written(processor, chat[: turn + 1], ask=False)
-        before = _written(processor, chat[:turn], ask=True) if role == "assistant" and turn else ""
+        after = written(processor, chat[: turn + 1], ask=False)
+        before = written(processor, chat[:turn], ask=True) if role == "assistant" and turn else ""
         if not whole.startswith(after) or not after.startswith(before) or len(after) < done:
             raise ModelError(
                 f"{type(processor).__name__}: expected a chat template that writes a turn the same whatever follows; "
@@ -115,7 +115,7 @@ def _encode_suffix(processor: Any, chat: Chat, weights: Sequence[float]) -> Enco
     if [role for role, _ in chat].count("assistant") != 1 or chat[-1][0] != "assistant":
         found = ", ".join(role for role, _ in chat)
         raise ModelError(f"{type(processor).__name__}: expected one question and its answer; found turns of {found}")
-    prompt, answer = _written(processor, chat[:-1], ask=True), _written(processor, chat[-1:], ask=False)
+    prompt, answer = written(processor, chat[:-1], ask=True), written(processor, chat[-1:], ask=False)
     found = _call(processor, [prompt], [_images(chat)], suffix=[answer])
     tokens, types = found["input_ids"][0].tolist(), _types(found)
     assert types is not None  # such a processor says which tokens are the answer's
@@ -200,7 +200,7 @@ def _call(processor: Any, texts: list[str], images: list[list[Image.Image]], **o
         raise ModelError(f"{type(processor).__name__}: cannot process these prompts: {reason}") from None
 
 
-def _written(processor: Any, chat: Chat, ask: bool) -> str:
+def written(processor: Any, chat: Chat, ask: bool) -> str:
     """A conversation as text; with ``ask`` it ends where an assistant would begin to speak."""
     if processor.chat_template is None:
         parts = [(part, " ") if isinstance(part, str) else (processor.image_token, "") for _, ps in chat for part in ps]

@@ -23,7 +23,7 @@ from vlm.data.errors import DataError
 from vlm.data.schema import Message, Sample
 from vlm.models.errors import ModelError
 from vlm.models.pretrained import PretrainedInputs
-from vlm.models.processing import Chat, Encoded, encode, process
+from vlm.models.processing import Chat, Encoded, encode, process, written
 
 
 @dataclass
@@ -78,10 +78,8 @@ def stop_tokens(name: str, processor: Any) -> tuple[int, ...]:
         raise ModelError(f"model.from: {name!r} has no end-of-text token, so answers could not end")
     if processor.chat_template is None:
         return tuple(stops)
-    part = {"type": "text", "text": "a"}
-    turns = [{"role": role, "content": [part]} for role in ("user", "assistant")]
-    asked = processor.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
-    answer = processor.apply_chat_template(turns, tokenize=False).removeprefix(asked)
+    turns: Chat = [("user", ["a"]), ("assistant", ["a"])]
+    answer = written(processor, turns, ask=False).removeprefix(written(processor, turns[:1], ask=True))
     places = {stop: answer.find(tokenizer.convert_ids_to_tokens(stop)) for stop in stops}
     return tuple(sorted(stops, key=lambda stop: (places[stop] < 0, places[stop])))
 

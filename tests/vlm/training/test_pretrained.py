@@ -329,6 +329,28 @@ def test_text_that_spells_a_special_token_is_refused(text: str, whole: Any, stan
         encoder(sample(text, "no", images=1, stand_ins=stand_ins), Draw(0, 0, 0))
 
 
+def test_samples_are_shown_as_the_model_gets_them(whole: Any, tmp_path: Path) -> None:
+    whole("llava")
+    arguments = [str(tmp_path / "whole.yaml"), "--samples", "2", "--out", str(tmp_path / "page.html")]
+    assert main(["data", "show", *arguments]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert page.count('<span class="chip" title="&lt;image&gt;') >= 36
+    assert "template of the checkpoint&#x27;s LlavaProcessor" in page and 'class="learn"' in page
+
+
+def test_a_trained_model_is_asked_about_a_picture(
+    whole: Any, stand_ins: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = whole("llava", FULL, "prune={use: visionzip, keep: 50%}")
+    run(recipe, ("train",))  # under the cut
+    (tmp_path / "a.png").write_bytes(Store(load_manifest([str(stand_ins / "scenes/test")])).read(0).media[0])
+    words = ["is there a cat ?", "--max-new-tokens", "4", FULL, "prune={use: visionzip, keep: 50%}"]
+    arguments = [str(tmp_path / "whole.yaml"), str(tmp_path / "a.png"), *words, f"run.dir={tmp_path / 'run'}"]
+    capsys.readouterr()
+    assert main(["generate", *arguments]) == 0
+    assert len(capsys.readouterr().out.split()) <= 4  # a random model may say nothing but special tokens
+
+
 def test_a_template_that_rewrites_turns_is_refused(whole: Any, stand_ins: Path) -> None:
     recipe = whole("qwen2_5_vl")
     encoder = build_encoder(recipe, built(recipe), build_tokenizer(recipe))
