@@ -1,5 +1,6 @@
 """Charts: round ticks, honest lines, and markup that cannot be broken."""
 
+import json
 import math
 import re
 
@@ -8,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm.report.charts import HEIGHT, WIDTH, Chart, Line, draw, running_mean, short, thin, ticks
+from vlm.report.curves import by_position
 from vlm.report.html import Html, tag
+from vlm.report.records import Evaluation
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
@@ -103,3 +106,13 @@ def test_text_and_attributes_are_escaped(words: str):
 def test_markup_joined_to_text_is_text_again():
     assert tag("p", tag("b", "x") + "<i>") == Html("<p>&lt;b&gt;x&lt;/b&gt;&lt;i&gt;</p>")
     assert tag("p", tag("b", "x"), hidden=True, lang=None) == "<p hidden><b>x</b></p>"
+
+
+def test_many_methods_are_drawn_in_several_charts():
+    scores = {"chair_s": 0.2, "by_position": [0.1, 0.3], "by_position_n": [90, 80]}
+    pruned = [{"label": f"m{k}", "prune": {"use": "stride"}, "metrics": {"chair": scores}} for k in range(30)]
+    results = [{"label": "plain", "metrics": {"chair": scores}}, *pruned]
+    markup = by_position(Evaluation.model_validate_json(json.dumps({"results": results})))
+    charts = markup.split("<figure")[1:]
+    assert [chart.count("<li>") for chart in charts] == [13, 13, 7]  # twelve beside plain
+    assert ["CHAIR: pruned, m0 to m11" in charts[0], "m24 to m29" in charts[2]] == [True, True]

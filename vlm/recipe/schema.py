@@ -80,7 +80,7 @@ class Language(Section):
 class Image(Section):
     """What an encoder sees of a picture: the whole, and with ``anyres`` up to ``max_tiles`` tiles of a large one.
 
-    resize: how the whole becomes a square: ``stretch``, ``pad`` with the mean colour (LLaVA-1.5), or ``crop`` the middle.
+    resize: how the whole becomes a square: ``stretch``, ``pad`` with the mean colour (as in LLaVA-1.5), or ``crop``.
     """
 
     resize: Literal["stretch", "pad", "crop"] = "stretch"
