@@ -144,7 +144,7 @@ def bare(program: Program, counts: dict[str, int]) -> Program:
 def encoder_flops(model: VisionLanguageModel, shape: EncoderShape, counts: dict[str, int]) -> float:
     """Of all blocks that run, with what the cuts leave of the tokens (and the class token)."""
     total, (rows, columns), width = 0.0, model.vision.grid, shape.width
-    patches = rows * columns
+    patches: int = rows * columns
     for block in range(len(model.vision.blocks)):
         n = patches + 1
         patches = counts.get(f"vit.mid[{block}]", patches)
