@@ -233,10 +233,10 @@ def _make(kind: str, described: Mapping[str, Any], **given: Any) -> Any:
 
 
 def _remade(value: Any) -> Any:
-    """A list of descriptions becomes the encoders they describe."""
-    if isinstance(value, list) and value and all(isinstance(item, dict) and "use" in item for item in value):
-        return [_make("vision", item) for item in value]
-    return value
+    """A description, or a list of them, becomes what it describes: an encoder."""
+    if isinstance(value, list):
+        return [_remade(item) for item in value]
+    return _make("vision", value) if isinstance(value, dict) and "use" in value else value
 
 
 def _known(kind: str, name: str) -> Sequence[tuple[str, Any]]:

@@ -109,7 +109,12 @@ class VisionLanguageModel(BaseVlm):
         most = int((inputs.tiles[:, 0] * inputs.tiles[:, 1]).max())
         if most > self.max_tiles:
             raise ModelError(f"images: expected at most {self.max_tiles} tiles of an image; found {most}")
-        return tile_table(inputs.tiles, self.visual_grid, self.connector.spatial, len(inputs.images))
+        return tile_table(inputs.tiles, self.visual_grid, self.spatial, len(inputs.images))
+
+    @property
+    def spatial(self) -> bool:
+        """Whether a visual token's place says which part of the picture it shows."""
+        return self.connector.spatial and getattr(self.vision, "spatial", True)
 
     @property
     def refuses(self) -> Mapping[str, str]:
@@ -160,7 +165,7 @@ class VisionLanguageModel(BaseVlm):
             visual, embedded = self._without_images(inputs, embedded)
         embeds, layout = splice(inputs.tokens, inputs.valid, embedded, visual, side)
         run = Run(layout, side, seed if table is None else table.sum_by_image(seed) % 2**40)
-        run.grids = [self.visual_grid] * len(inputs.images) if table is None and self.connector.spatial else []
+        run.grids = [self.visual_grid] * len(inputs.images) if table is None and self.spatial else []
         run.total = self._counts(inputs, table)  # an encoder may have cut some already
         return (embeds if self.engine is None else self.engine.enter_language(embeds, run)), run
 

@@ -82,8 +82,11 @@ def create(kind: str, method: Method, *, check_only: bool = False, **given: Any)
     for option in options(target):
         nested = _nested_kind(option.type)
         if nested and option.name in arguments:
-            methods = arguments[option.name]
-            arguments[option.name] = [create(nested, inner, check_only=check_only) for inner in methods]
+            inner = arguments[option.name]
+            made = [
+                create(nested, one, check_only=check_only) for one in (inner if isinstance(inner, list) else [inner])
+            ]
+            arguments[option.name] = made if isinstance(inner, list) else made[0]
     return None if check_only else target(**arguments, **given)
 
 
@@ -231,7 +234,7 @@ def _read(method: Method, known: dict[str, Option]) -> Iterator[tuple[str, Any]]
         if option is None:
             raise RecipeError(f"{_start(key, key)} {unknown(key, known)}")
         try:
-            yield option.name, _methods(value) if _nested_kind(option.type) else coerce(value, option.type)
+            yield option.name, _nested(value, option.type) if _nested_kind(option.type) else coerce(value, option.type)
         except ValueError as error:
             complaint = str(error)
             colon = "" if complaint.startswith("must ") else ":"
@@ -239,19 +242,24 @@ def _read(method: Method, known: dict[str, Option]) -> Iterator[tuple[str, Any]]
 
 
 def _nested_kind(annotation: Any) -> str | None:
-    """The kind of methods that an option of type ``Sequence[...]`` lists; None for any other option."""
-    inner = get_args(annotation)
-    name = f"{inner[0].__module__}.{inner[0].__qualname__}" if inner and inspect.isclass(inner[0]) else ""
-    return _NESTED.get(name) if get_origin(annotation) is Sequence else None
+    """The kind of the method, or of the list of methods, that an option of this type is; None for any other option."""
+    inner = get_args(annotation)[:1] if get_origin(annotation) is Sequence else (annotation,)
+    names = [f"{one.__module__}.{one.__qualname__}" for one in inner if inspect.isclass(one)]
+    return _NESTED.get(names[0]) if names else None
 
 
-def _methods(value: Any) -> list[Method]:
+def _nested(value: Any, annotation: Any) -> Method | list[Method]:
+    if get_origin(annotation) is not Sequence:
+        return _method(value, "must be a method such as {use: ...}, found")
     if not isinstance(value, list | tuple) or not value:
         raise ValueError(f"must be a list of methods, found {units.found(value) if value else 'an empty one'}")
-    for item in value:
-        if not isinstance(item, Mapping) or "use" not in item:
-            raise ValueError(f"must be a list of methods such as {{use: ...}}, found {units.found(item)} in it")
-    return [Method.model_validate(item) for item in value]
+    return [_method(item, "must be a list of methods such as {use: ...}, with none that is") for item in value]
+
+
+def _method(value: Any, complaint: str) -> Method:
+    if not isinstance(value, Mapping) or "use" not in value:
+        raise ValueError(f"{complaint} {units.found(value)}{' without use' if isinstance(value, Mapping) else ''}")
+    return Method.model_validate(value)
 
 
 def _start(text: str, fallback: str) -> str:

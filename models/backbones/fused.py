@@ -44,6 +44,7 @@ class Fused(Part):
         self.dim = sum(part.dim for part in parts)
         largest = max(parts, key=lambda part: part.image.size)
         self.image = largest.image._replace(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+        self.spatial = all(getattr(part, "spatial", True) for part in parts)
         self.cuts = "the tokens of several encoders must stay in step"
         self._scorer = score_from
         scorer: Encoder = self.parts[score_from]

@@ -36,6 +36,7 @@ class Multilane(Part):
     verified: ClassVar[str] = "lane from code; as tokens of a language model: ours"
 
     frozen: ClassVar[tuple[str, ...]] = ("encoder",)
+    spatial: ClassVar[bool] = False
 
     def __init__(self, encoder: Encoder, selectors: int = 20, prompts: int = 20, prompted: int = 5) -> None:
         super().__init__()

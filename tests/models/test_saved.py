@@ -13,6 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM, CLIPImageProcessor, CL
 from vlm.models.backbones.conv_vit import ConvVit
 from vlm.models.backbones.fused import Fused
 from vlm.models.backbones.huggingface import HuggingFace
+from vlm.models.backbones.multilane import Multilane
 from vlm.models.backbones.timm import Timm
 from vlm.models.connectors.linear import Linear
 from vlm.models.connectors.mlp import Mlp
@@ -49,11 +50,12 @@ def encoders(clip: str) -> dict[str, Any]:
         "conv_vit": lambda: ConvVit(48, dim=16, depth=1, heads=2, class_token=True),
         "timm": lambda: Timm("vit_tiny_patch16_224", layer=-3, image=48),
         "huggingface": lambda: HuggingFace(clip),
+        "multilane": lambda: Multilane(ConvVit(48, dim=8, depth=2, heads=2, class_token=True), 3, 2, 1),
         "fused": lambda: Fused([HuggingFace(clip, layer=-1), ConvVit(48, dim=8, depth=1, heads=2)], score_from=1),
     }
 
 
-@pytest.mark.parametrize("name", ["conv_vit", "timm", "huggingface", "fused"])
+@pytest.mark.parametrize("name", ["conv_vit", "timm", "huggingface", "fused", "multilane"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_what_is_read_is_what_was_written(batch, clip, tmp_path, name, tied):
     vision = encoders(clip)[name]()

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 from vlm.models.backbones.conv_vit import ConvVit
+from vlm.models.backbones.multilane import Multilane
 from vlm.models.connectors.mlp import Mlp
 from vlm.models.connectors.resampler import Resampler
 from vlm.models.errors import ModelError
@@ -211,6 +212,14 @@ def test_queries_of_a_resampler_stand_view_by_view():
         x = torch.cat([text[:1], features, text[1:]])
         stock = model.language(inputs_embeds=x[None]).logits[0]
         torch.testing.assert_close(model.logits(out.hidden[0, out.layout.valid[0]]), stock, rtol=0, atol=1e-9)
+
+
+def test_summaries_of_an_encoder_are_never_padding():
+    lanes = Multilane(ConvVit(48, dim=16, depth=1, heads=2, class_token=True), selectors=5)
+    model = VisionLanguageModel(lanes, Mlp(16, 32), build_language(LLAMA, 40), max_tiles=4).double().eval()
+    out = model(tiled())
+    assert model.visual_counts(tiled()).tolist() == out.layout.visual.sum(1).tolist() == [15, 25]
+    assert out.layout.row[0][out.layout.visual[0]].tolist() == [0] * 5 + [1] * 5 + [2] * 5
 
 
 def test_text_only_and_images_removed():

@@ -3,8 +3,8 @@
     - sft: {...}                      {name: sft, ...}                       an entry of stages
     prune: fastv                      {use: fastv}                           wherever a method stands
     {kind: mlp, ...}                  {use: mlp, ...}
-    {timm: NAME, ...}, {hf: NAME}     {use: timm, name: NAME, ...}           under model, and in model.vision.parts
-                                      (a vision encoder of hf is {use: huggingface, ...})
+    {timm: NAME, ...}, {hf: NAME}     {use: timm, name: NAME, ...}           under model, in model.vision.parts and
+                                      model.vision.encoder (an encoder of hf is {use: huggingface, ...})
     language: {config: {...}}         {use: config, config: {...}}
     from: NAME                        {use: hf, name: NAME}                  under model
     benchmarks: {chair: {...}}        {chair: {use: chair, ...}}
@@ -41,7 +41,8 @@ def normalise(tree: Tree) -> Tree:
     """A copy of a whole recipe's tree with every shorthand written out."""
     tree = _change(tree, ["stages", "*"], _stage)
     tree = _change(tree, ["model", "*"], _part)
-    tree = _change(tree, ["model", "vision", "parts", "*"], lambda value, _: _part(value, "vision"))
+    for place in (["parts", "*"], ["encoder"]):
+        tree = _change(tree, ["model", "vision", *place], lambda value, _: _part(value, "vision"))
     tree = _change(tree, ["evaluate", "benchmarks", "*"], _benchmark)
     for place in _METHODS:
         tree = _change(tree, place.split("."), _method)

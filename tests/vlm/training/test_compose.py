@@ -70,7 +70,10 @@ def test_a_plan_shows_the_most_tokens(recipe: Path):
         ("model.vision.parts.0.image=wide", "model.vision.parts.0.image must be a whole number such as 20 or 8k"),
         ("model.vision.parts.0.use=conv_vti", "model.vision.parts.0.use conv_vti is unknown; did you mean 'conv_vit'?"),
         ("model.vision.parts=[]", "model.vision.parts must be a list of methods, found an empty one"),
-        ("model.vision.parts=[{image: 3}]", "must be a list of methods such as {use: ...}, found a mapping in it"),
+        (
+            "model.vision.parts=[{image: 3}]",
+            "must be a list of methods such as {use: ...}, with none that is a mapping without use",
+        ),
         ("model.vision.parts=null", "model.vision.use fused needs the option 'parts'"),
         ("model.image.tiling=anyers", "model.image.tiling must be 'none' or 'anyres', found 'anyers'"),
         ("model.image.tiles=3", "model.image.tiles is unknown"),
@@ -92,3 +95,17 @@ def test_libraries_have_a_short_form_in_parts_too(recipe: Path):
         {"use": "conv_vit"},
     ]
     check(loaded)  # reads every option and makes nothing
+
+
+def test_an_encoder_within_an_encoder(recipe: Path):
+    lane = "model.vision={use: multilane, selectors: 3, encoder: {use: conv_vit, class_token: true}}"
+    loaded = load_recipe(recipe, (lane,))
+    model = build_model(loaded, build_tokenizer(loaded))
+    assert model.visual_grid == (1, 3) and model.vision.encoder.class_token
+    short = load_recipe(recipe, ("model.vision={use: multilane, encoder: {timm: vit_tiny_patch16_224}}",))
+    assert short.model.vision is not None
+    assert short.model.vision.options["encoder"] == {"use": "timm", "name": "vit_tiny_patch16_224"}
+    with pytest.raises(RecipeError, match=r"model.vision.encoder.dept is unknown; did you mean 'depth'"):
+        check(load_recipe(recipe, (lane, "model.vision.encoder.dept=2")))
+    with pytest.raises(RecipeError, match=r"model.vision.encoder must be a method such as .*, found a list"):
+        check(load_recipe(recipe, (lane, "model.vision.encoder=[conv_vit]")))
