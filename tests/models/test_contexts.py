@@ -37,7 +37,8 @@ NOISED = ((LOGITS, Rewrite(lambda now: 2 * now.main - now.other(Noised(700)), (N
 def policy(name: str) -> Any:
     found = vars(importlib.import_module(f"vlm.models.kv.{name}")).values()
     (method,) = [c for c in found if is_dataclass(c) and isinstance(c, type) and c.__module__.endswith(f"kv.{name}")]
-    return method(keep=Budget.parse("40%"))
+    make: Any = method
+    return make(keep=Budget.parse("40%"))
 
 
 @pytest.mark.parametrize("name", POLICIES)
