@@ -111,6 +111,9 @@ def test_a_recipe_with_the_weights_of_another_run_writes_to_its_own_folder_only(
     )
     assert main(["run", str(FOLDER / "scenes.yaml"), *small, "evaluate.compare=[{}]"]) == 0
     before = written(Path("runs/scenes"))
+    capsys.readouterr()
+    assert main(["plan", file, *small, few]) == 0
+    assert "Weights: those of runs/scenes; nothing is trained here." in capsys.readouterr().out
     assert main(["run", file, *small, few]) == 0
     assert written(Path("runs/scenes")) == before
     run = Path("runs/scenes-pruners")

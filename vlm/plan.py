@@ -203,6 +203,8 @@ def runs(counts: Sequence[float]) -> str:
 
 def _batches(recipe: Recipe) -> list[str]:
     run = recipe.run
+    if run.weights is not None:
+        return [f"Weights: those of {run.weights}; nothing is trained here."]
     lines = []
     for stage in recipe.stages:
         batch = stage.global_batch or run.global_batch
