@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from vlm.models.errors import ModelError
 from vlm.models.part import Part
@@ -53,6 +54,22 @@ class Encoder(Protocol):
     def blocks(self) -> Sequence[nn.Module]: ...
 
     def __call__(self, images: Float[Tensor, "images 3 height width"]) -> Features: ...
+
+
+def unread(encoder: Any) -> list[str]:
+    """Names of the encoder's weights that its features do not depend on: blocks after the one whose features are taken,
+    the norm and head behind them. Training them would wait for a gradient that never comes (DDP stops with an error).
+
+    Found by one pass and its gradient on the meta device, which computes nothing and needs no memory.
+    """
+    weights = {name: torch.empty_like(p, device="meta").requires_grad_() for name, p in encoder.named_parameters()}
+    buffers = {name: torch.empty_like(b, device="meta") for name, b in encoder.named_buffers()}
+    dtype = next((p.dtype for p in weights.values()), torch.float32)
+    blank = torch.zeros(1, 3, encoder.image.size, encoder.image.size, device="meta", dtype=dtype)
+    with torch.enable_grad():
+        features = functional_call(encoder, (weights, buffers), (blank,)).tokens
+    found = torch.autograd.grad(features.sum(), list(weights.values()), allow_unused=True)
+    return [name for name, gradient in zip(weights, found, strict=True) if gradient is None]
 
 
 class TimmEncoder(Part):

@@ -1,6 +1,7 @@
 """The composed vision-language model: encode, prune, project, splice, decode, loss."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlm.models.base import BaseVlm, Overview, pixel_seed
+from vlm.models.encoder import unread
 from vlm.models.errors import ModelError
 from vlm.models.program.layout import Layout, Side, compact
 from vlm.models.program.perturb import insertion
@@ -84,10 +86,10 @@ class VisionLanguageModel(BaseVlm):
         """Visual tokens of an image before any cut, with as many tiles as it may have."""
         return self.visual_grid[0] * self.visual_grid[1] * (1 + self.max_tiles)
 
-    @property
+    @cached_property
     def idle(self) -> list[str]:
-        """What the encoder keeps as it is, whatever a recipe trains."""
-        return [f"vision.{name}" for name in getattr(self.vision, "frozen", ())]
+        """What of the encoder never trains: weights that its features do not read, and what it keeps as it is."""
+        return [f"vision.{name}" for name in (*unread(self.vision), *getattr(self.vision, "frozen", ()))]
 
     def overview(self, layout: Layout, sample: int) -> Overview | None:
         shown = layout.image[sample][layout.visual[sample]]

@@ -108,6 +108,10 @@ def test_it_trains_prunes_and_speaks(encoder, connector, kind):
     out.loss.backward()
     embedding = next(encoder.parameters())  # the first layers are reached through all that come after
     assert torch.isfinite(out.loss) and embedding.grad is not None and embedding.grad.isfinite().all()
+    without = {f"vision.{name}" for name, p in encoder.named_parameters() if p.grad is None}
+    assert set(model.idle) == without  # what training leaves out, so that no rank waits for its gradient
+    model.parts["vision"].requires_grad_(True)
+    assert {f"vision.{name}" for name, p in encoder.named_parameters() if not p.requires_grad} == without
     for part in (model.connector, model.language):
         assert all(p.grad is not None and p.grad.isfinite().all() for p in part.parameters())
 
