@@ -4,9 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_the_prefill_benchmark_writes_a_row_for_every_pruner_and_budget(tmp_path):
     out = tmp_path / "bench_prefill.md"
     small = ["--width", "32", "--layers", "4", "--repeats", "1", "--device", "cpu", "--threads", "1"]

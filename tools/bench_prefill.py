@@ -10,10 +10,11 @@ layers, and a pruner that refuses both stays in the table with its reason.
 
 A timed prefill is everything from pixels to the logits of the first token. Encoder: its forward pass, with what is
 scored and cut inside; LLM: the rest. Scoring is the time under the pruner less the time of a bare cut: the same counts
-at the same places, kept places known beforehand, no signals read, nothing merged. All settings take turns in every
-repeat, so that what else the machine does falls on all of them; ratios and differences are medians of those within a
-repeat. FLOPs are multiply-accumulates of blocks and layers without scoring: 4nD^2 + 2n^2D + 3nDm in a decoder layer of
-n tokens, D wide, m inside its MLP (2nDm in the encoder, whose MLP has no gate; n there counts the class token).
+at the same places, kept places known beforehand, no signals read, nothing merged. Pruned, bare and unpruned prefill
+follow each other, and all settings take turns in every repeat, so that what else the machine does falls on all of them;
+ratios and differences are medians of those within a repeat. FLOPs are multiply-accumulates of blocks and layers without
+scoring: 4nD^2 + 2n^2D + 3nDm in a decoder layer of n tokens, D wide, m inside its MLP (2nDm in the encoder, whose MLP
+has no gate; n there counts the class token).
 """
 
 import argparse
@@ -70,7 +71,7 @@ class Times(NamedTuple):
 
 
 Refusal = tuple[str, str, str]  # pruner, budget, reason
-Pairs = list[tuple[Times, Times]]  # of every repeat: under the pruner, and under its bare cut
+Triples = list[tuple[Times, Times, Times]]  # of every repeat: under the pruner, under its bare cut, unpruned
 
 
 class Setting(NamedTuple):
@@ -225,32 +226,32 @@ def timed(model: VisionLanguageModel, inputs: Inputs, program: Program) -> Times
     return Times(stamps[2] - stamps[1], stamps[3] - stamps[0])
 
 
-def measure(model: VisionLanguageModel, inputs: Inputs, chosen: list[Setting], repeats: int) -> list[Pairs]:
-    """Times of each setting and of its bare cut, in every repeat; one more before warms up."""
-    times: list[Pairs] = [[] for _ in chosen]
+def measure(model: VisionLanguageModel, inputs: Inputs, chosen: list[Setting], repeats: int) -> list[Triples]:
+    """Times of each setting, of its bare cut and of the unpruned model right after, in every repeat; one more before
+    warms up."""
+    times: list[Triples] = [[] for _ in chosen]
     for repeat in range(repeats + 1):
         for setting, own in zip(chosen, times, strict=True):
-            pair = timed(model, inputs, setting.program), timed(model, inputs, setting.bare)
+            pruned, naked, plain = (timed(model, inputs, program) for program in (setting.program, setting.bare, ()))
             if repeat:
-                own.append(pair)
+                own.append((pruned, naked, plain))
     return times
 
 
 # The page
 
 
-def table(chosen: list[Setting], times: list[Pairs], refused: list[Refusal]) -> list[str]:
+def table(chosen: list[Setting], times: list[Triples], refused: list[Refusal]) -> list[str]:
     lines = [
         "| pruner | keep | visual tokens: average | final | encoder ms | LLM ms | scoring ms | total ms "
         "| times faster | FLOPs allow | reached |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    plain = [pair[0].total for pair in times[0]]
+    middle = statistics.median
     for setting, own in zip(chosen, times, strict=True):
-        middle = statistics.median
-        encoder, total = middle(t.encoder for t, _ in own), middle(t.total for t, _ in own)
-        llm, scoring = (middle(t.total - t.encoder for t, _ in own), middle(t.total - b.total for t, b in own))
-        faster = middle(a / t.total for a, (t, _) in zip(plain, own, strict=True))
+        encoder, total = middle(t.encoder for t, _, _ in own), middle(t.total for t, _, _ in own)
+        llm, scoring = middle(t.total - t.encoder for t, _, _ in own), middle(t.total - b.total for t, b, _ in own)
+        faster = middle(plain.total / t.total for t, _, plain in own)
         allowed = chosen[0].flops / setting.flops
         average = sum(setting.visual_tokens) / len(setting.visual_tokens)
         spent = "" if setting.pruner == "none" else f"{1e3 * scoring:.1f}"
