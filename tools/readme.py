@@ -1,7 +1,8 @@
 """Writes the generated parts of README.md: the tables of methods and kernels, the results of the Scenes run.
 
-python tools/readme.py                       the tables of methods and kernels
-python tools/readme.py runs/scenes           and the results of that run's evaluation.json
+python tools/readme.py                                     the tables of methods and kernels
+python tools/readme.py runs/scenes                         and the results of that run's evaluation.json
+python tools/readme.py runs/scenes runs/scenes-pruners     and of each further run a page of its own in tools/results
 """
 
 import json
@@ -14,6 +15,7 @@ import vlm
 from vlm.create import FOLDERS, describe
 
 README = Path(__file__).parent.parent / "README.md"
+RESULTS = Path(__file__).parent / "results"
 KINDS = {
     "vision": "encoder",
     "connector": "connector",
@@ -70,6 +72,42 @@ def results_table(evaluation: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def comparison_page(evaluation: dict[str, Any]) -> str:
+    """Every row of an evaluation against plain: what it costs and what it still sees, as Markdown."""
+    packages = ", ".join(f"{name} {evaluation['versions'][name]}" for name in ("torch", "transformers", "lightning"))
+    plain = evaluation["results"][0]
+    splits = [f"pope_{split}" for split in ("random", "popular", "adversarial")]
+    shown = [split for split in splits if split in plain["metrics"]]
+    chairs = [name for name in ("chair", "chair_counterfactual") if name in plain["metrics"]]
+    head = ["", *(split.replace("_", " ") for split in shown)]
+    head += [column for name in chairs for column in (f"{name.replace('_', ' ')} CHAIRs", "CHAIRi", "recall", "words")]
+    head += ["visual tokens: average", "final", "FLOPs", "KV bytes", "prefill time"]
+    rows = [
+        f"# {evaluation['name']}",
+        "",
+        f"`vlm run recipes/{evaluation['name'].replace('-', '_')}.yaml` after `vlm run recipes/scenes.yaml`, on two CPU"
+        f" cores, {evaluation['created'][:10]}, {packages}; weights: {evaluation['weights']}.",
+        "",
+        "Accuracy, CHAIR and recall in percent, CHAIRs with its 95 % interval; FLOPs, KV bytes and prefill time (scoring",
+        "included) of a prompt against plain. No method was trained with, and no row is left out.",
+        "",
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * len(head),
+    ]
+    for result in evaluation["results"]:
+        metrics, cost, tokens = result["metrics"], result["cost"], result["cost"]["visual_tokens"]
+        cells = [result["label"], *(f"{100 * metrics[split]['accuracy']:.1f}" for split in shown)]
+        for name in chairs:
+            chair = metrics[name]
+            rates = [f"{100 * chair[field]:.1f}" for field in ("chair_i", "recall")]
+            cells += [_with_interval(chair), *rates, f"{chair['length']:.1f}"]
+        cells += [f"{tokens['average']:.1f}", f"{tokens['after']:g}"]
+        for field in ("llm_flops_per_prompt", "kv_bytes_per_prompt", "prefill_s"):
+            cells.append(f"{cost[field] / plain['cost'][field]:.2f}")
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
 def _with_interval(chair: dict[str, Any]) -> str:
     low, high = chair["ci"]
     return f"{100 * chair['chair_s']:.1f} ({100 * low:.0f} to {100 * high:.0f})"
@@ -93,6 +131,9 @@ def main(arguments: list[str]) -> None:
         evaluation = json.loads((Path(arguments[0]) / "evaluation.json").read_text())
         page = replace_part(page, "results", "end of results", results_table(evaluation))
     README.write_text(page)
+    for folder in arguments[1:]:
+        evaluation = json.loads((Path(folder) / "evaluation.json").read_text())
+        (RESULTS / f"{evaluation['name'].replace('-', '_')}.md").write_text(comparison_page(evaluation))
 
 
 if __name__ == "__main__":
