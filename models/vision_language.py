@@ -86,9 +86,13 @@ class VisionLanguageModel(BaseVlm):
         """Visual tokens of an image before any cut, with as many tiles as it may have."""
         return self.visual_grid[0] * self.visual_grid[1] * (1 + self.max_tiles)
 
-    @cached_property
+    @property
     def idle(self) -> list[str]:
         """What of the encoder never trains: weights that its features do not read, and what it keeps as it is."""
+        return self._idle
+
+    @cached_property
+    def _idle(self) -> list[str]:
         return [f"vision.{name}" for name in (*unread(self.vision), *getattr(self.vision, "frozen", ()))]
 
     def overview(self, layout: Layout, sample: int) -> Overview | None:
