@@ -15,17 +15,19 @@ from typing import Any
 from vlm.data.errors import DataError
 
 
-def make_folder(folder: str | Path, stamp: Mapping[str, Any], name: str, fill: Callable[[Path], None]) -> Path:
+def make_folder(
+    folder: str | Path, stamp: Mapping[str, Any], name: str, title: str, fill: Callable[[Path], None]
+) -> Path:
     """Have `fill` make the folder's content unless it was made from the same stamp, and return the folder.
 
-    The stamp goes into `<name>.json`.
+    The stamp goes into `<name>.json`; `title` is what people call the content.
 
     Raises:
         DataError: the folder holds something else than what this maker made, which making would delete.
     """
     folder = Path(folder)
     file = f"{name}.json"
-    if _stamp_of(folder, file, name) == stamp:
+    if _stamp_of(folder, file, name, title) == stamp:
         return folder
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -39,7 +41,7 @@ def make_folder(folder: str | Path, stamp: Mapping[str, Any], name: str, fill: C
     return folder
 
 
-def _stamp_of(folder: Path, file: str, name: str) -> Any:
+def _stamp_of(folder: Path, file: str, name: str, title: str) -> Any:
     """The stamp of what is there, None if there is nothing yet or it was cut short."""
     if (folder / file).is_file():
         try:
@@ -47,7 +49,7 @@ def _stamp_of(folder: Path, file: str, name: str) -> Any:
         except json.JSONDecodeError:
             return None
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise DataError(f"{name}: {folder} holds something else (no {file}); choose another folder")
+        raise DataError(f"{name}: {folder} holds something else than {title} (no {file}); choose another folder")
     return None
 
 

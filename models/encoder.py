@@ -37,8 +37,9 @@ class Encoder(Protocol):
     published; output is the number of the block whose features are handed over. prefix: tokens before the patches
     (class token, registers). cuts: why tokens cannot go between blocks, empty when they can.
 
-    Two more where they are not as usual: blind, why the attention of blocks cannot be read; spatial, False where a
-    token's place in the grid does not say which part of the picture it shows.
+    Three more where they are not as usual: blind, why the attention of blocks cannot be read; spatial, False where a
+    token's place in the grid does not say which part of the picture it shows; frozen, names of modules that never
+    train.
     """
 
     dim: int

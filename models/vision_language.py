@@ -141,16 +141,18 @@ class VisionLanguageModel(BaseVlm):
         pictures = [change(pixels, number) for number, pixels in enumerate(inputs.images)]
         return inputs._replace(images=torch.stack(pictures)) if pictures else inputs
 
-    def encode(self, inputs: Inputs, table: TileTable | None = None) -> Visual:
-        """Encode, prune and project the images of a batch; the views of all of them go through the encoder at once."""
-        table = self._tiles(inputs) if table is None else table
+    def encode(self, inputs: Inputs, table: TileTable | None, seed: Int[Tensor, " views"]) -> Visual:
+        """Encode, prune and project the images of a batch; the views of all of them go through the encoder at once.
+
+        table: what the views are, where they are not an image each. seed: an integer of each view's pixels.
+        """
         engine = None if self.engine is None else self.engine.vision
         cut = None
         if engine is None or not engine.acts:
             found = self.vision(inputs.images)  # tokens [N,P,V]
         else:
             views = () if table is None else (table.image, table.real)
-            engine.begin(len(inputs.images), pixel_seed(inputs.images), *views)
+            engine.begin(seed, *views)
             found = self.vision(inputs.images)
             cut = engine.finish(found.tokens)
         features = found.tokens if cut is None else cut.features.to(found.tokens.dtype)
@@ -166,7 +168,7 @@ class VisionLanguageModel(BaseVlm):
         embedded = self.language.get_input_embeddings()(inputs.tokens.clamp_min(0))
         table, seed = self._tiles(inputs), pixel_seed(inputs.images)
         if len(inputs.images):
-            visual = self.encode(inputs, table)
+            visual = self.encode(inputs, table, seed)
         else:
             visual, embedded = self._without_images(inputs, embedded)
         embeds, layout = splice(inputs.tokens, inputs.valid, embedded, visual, side)

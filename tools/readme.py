@@ -53,7 +53,7 @@ def kernels_table() -> str:
 
 def results_table(evaluation: dict[str, Any]) -> str:
     """The main numbers of an evaluation with date and versions, as Markdown; rates in percent."""
-    packages = ", ".join(f"{name} {evaluation['versions'][name]}" for name in ("torch", "transformers", "lightning"))
+    packages = _packages(evaluation)
     rows = [
         f"`vlm run recipes/{evaluation['name']}.yaml` on two CPU cores, {evaluation['created'][:10]}, {packages}.",
         "Accuracy, CHAIRs and recall in percent, CHAIRs with its 95 % interval; FLOPs of a prompt against plain.",
@@ -61,20 +61,22 @@ def results_table(evaluation: dict[str, Any]) -> str:
         "| | POPE random | popular | adversarial | CHAIRs | recall | words | CHAIRs counterfactual | FLOPs |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    plain = evaluation["results"][0]["cost"]["llm_flops_per_prompt"]
+    plain = evaluation["results"][0]
     for result in evaluation["results"]:
         metrics = result["metrics"]
         chair, other = metrics["chair"], metrics["chair_counterfactual"]
         pope = [f"{100 * metrics[f'pope_{split}']['accuracy']:.1f}" for split in ("random", "popular", "adversarial")]
         rest = [f"{100 * chair['recall']:.1f}", f"{chair['length']:.1f}"]
         cells = [result["label"], *pope, _with_interval(chair), *rest]
-        rows.append("| " + " | ".join([*cells, _with_interval(other), _share(result, plain)]) + " |")
+        rows.append(
+            "| " + " | ".join([*cells, _with_interval(other), _share(result, plain, "llm_flops_per_prompt")]) + " |"
+        )
     return "\n".join(rows)
 
 
 def comparison_page(evaluation: dict[str, Any]) -> str:
     """Every row of an evaluation against plain: what it costs and what it still sees, as Markdown."""
-    packages = ", ".join(f"{name} {evaluation['versions'][name]}" for name in ("torch", "transformers", "lightning"))
+    packages = _packages(evaluation)
     plain = evaluation["results"][0]
     splits = [f"pope_{split}" for split in ("random", "popular", "adversarial")]
     shown = [split for split in splits if split in plain["metrics"]]
@@ -95,15 +97,16 @@ def comparison_page(evaluation: dict[str, Any]) -> str:
         "|" + "---|" * len(head),
     ]
     for result in evaluation["results"]:
-        metrics, cost, tokens = result["metrics"], result["cost"], result["cost"]["visual_tokens"]
+        metrics, tokens = result["metrics"], result["cost"]["visual_tokens"]
         cells = [result["label"], *(f"{100 * metrics[split]['accuracy']:.1f}" for split in shown)]
         for name in chairs:
             chair = metrics[name]
             rates = [f"{100 * chair[field]:.1f}" for field in ("chair_i", "recall")]
             cells += [_with_interval(chair), *rates, f"{chair['length']:.1f}"]
         cells += [f"{tokens['average']:.1f}", f"{tokens['after']:g}"]
-        for field in ("llm_flops_per_prompt", "kv_bytes_per_prompt", "prefill_s"):
-            cells.append(f"{cost[field] / plain['cost'][field]:.2f}")
+        cells += [
+            _share(result, plain, field) for field in ("llm_flops_per_prompt", "kv_bytes_per_prompt", "prefill_s")
+        ]
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows) + "\n"
 
@@ -113,8 +116,12 @@ def _with_interval(chair: dict[str, Any]) -> str:
     return f"{100 * chair['chair_s']:.1f} ({100 * low:.0f} to {100 * high:.0f})"
 
 
-def _share(result: dict[str, Any], plain: float) -> str:
-    return f"{result['cost']['llm_flops_per_prompt'] / plain:.2f}"
+def _share(result: dict[str, Any], plain: dict[str, Any], field: str) -> str:
+    return f"{result['cost'][field] / plain['cost'][field]:.2f}"
+
+
+def _packages(evaluation: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {evaluation['versions'][name]}" for name in ("torch", "transformers", "lightning"))
 
 
 def replace_part(page: str, start: str, end: str, content: str) -> str:

@@ -18,9 +18,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from vlm.data.benchmarks._shared.contract import Question, answers_in_order, file_card
+from vlm.data.benchmarks._shared.files import check_limit
 from vlm.data.benchmarks._shared.objects import COCO, COCO_FILE, Mention, Vocabulary
 from vlm.data.benchmarks._shared.statistics import bootstrap_ratio, paired_bootstrap, wilson
-from vlm.data.benchmarks._shared.truth import read_truth
+from vlm.data.benchmarks._shared.truth import read_truth, truth_files
 from vlm.data.benchmarks._shared.words import count_words
 from vlm.data.errors import DataError
 
@@ -68,12 +69,11 @@ class Chair:
     verified: ClassVar[str] = "golden caption and hand-computed cases; own synonyms and singulars, not NLTK's"
 
     def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise DataError(f"chair: limit: expected a positive number or null, found {self.limit}")
+        check_limit(self.limit, "chair")
 
     @property
     def _truth_files(self) -> tuple[str, ...]:
-        return (self.truth,) if isinstance(self.truth, str) else tuple(self.truth)
+        return truth_files(self.truth)
 
     @cached_property
     def _vocabulary(self) -> Vocabulary:

@@ -20,7 +20,7 @@ from vlm.data.benchmarks._shared.files import check_limit, check_prompt, need, r
 from vlm.data.benchmarks._shared.objects import COCO, COCO_FILE, Vocabulary
 from vlm.data.benchmarks._shared.predictions import Given
 from vlm.data.benchmarks._shared.statistics import bootstrap_ratio, paired_bootstrap, wilson
-from vlm.data.benchmarks._shared.truth import read_truth
+from vlm.data.benchmarks._shared.truth import read_truth, truth_files
 from vlm.data.errors import DataError
 
 SHORT = 3  # an answer of at most so many words describes nothing
@@ -77,7 +77,7 @@ class Objecthal:
 
     @property
     def _truth_files(self) -> tuple[str, ...]:
-        return (self.truth,) if isinstance(self.truth, str) else tuple(self.truth)
+        return truth_files(self.truth)
 
     @cached_property
     def _vocabulary(self) -> Vocabulary:

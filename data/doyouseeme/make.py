@@ -61,7 +61,7 @@ def make(
                 if progress is not None:
                     progress(done, total)
 
-    return make_folder(folder, stamp, "doyouseeme", fill)
+    return make_folder(folder, stamp, "doyouseeme", "Do You See Me", fill)
 
 
 def spec_of(task: Task, seed: int, number: int, repeat: int) -> dict[str, Any]:

@@ -6,14 +6,12 @@
     <folder>/benchmarks                   pope_{random,popular,adversarial}.json, chair.json (test scenes),
                                           chair_counterfactual.json, synonyms.txt
 
-Everything is made in a folder beside the final one and swapped in when whole, so there is never half a data set.
+There is the whole data set or none (:mod:`vlm.data.made`).
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -26,6 +24,7 @@ from typing import Any
 from vlm.data.benchmarks._shared.pope_builder import SPLITS as POPE_SPLITS
 from vlm.data.benchmarks._shared.pope_builder import Labelled, build_pope
 from vlm.data.errors import DataError
+from vlm.data.made import make_folder
 from vlm.data.scenes.classes import NAMES
 from vlm.data.scenes.records import Batch, make_batch
 from vlm.data.scenes.text import save_tokenizer, synonyms_file
@@ -33,7 +32,6 @@ from vlm.data.scenes.world import Kind, World
 from vlm.data.schema import Sample
 from vlm.data.write import write_shards
 
-STAMP = "scenes.json"
 VERSION = 4  # raise it when the same arguments give other bytes
 SCENES_PER_BATCH = 250
 
@@ -64,7 +62,6 @@ def make(
     Raises:
         DataError: impossible arguments, or the folder holds something else than Scenes.
     """
-    folder = Path(folder)
     arguments = {
         "train": train,
         "test": test,
@@ -76,34 +73,11 @@ def make(
         if arguments[name] < least:
             raise DataError(f"scenes: {name}: expected at least {least}, found {arguments[name]}")
     stamp = {"arguments": arguments, "version": VERSION, "package": version("vlm-recipes"), "classes": list(NAMES)}
-    if _stamp_of(folder) == stamp:
-        return folder
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+
+    def fill(part: Path) -> None:
         _fill(part, World(world), arguments, workers, _counter(progress, train + 2 * test))
-        (part / STAMP).write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
-        _swap(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return folder
 
-
-def _stamp_of(folder: Path) -> Any:
-    """The stamp of a finished data set, None if there is nothing yet.
-
-    Raises:
-        DataError: files that are not ours, which making the data set would delete.
-    """
-    if (folder / STAMP).is_file():
-        try:
-            return json.loads((folder / STAMP).read_text(encoding="utf-8"))
-        except json.JSONDecodeError:
-            return None
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise DataError(f"scenes: {folder} holds something else than Scenes (no {STAMP}); choose another folder")
-    return None
+    return make_folder(folder, stamp, "scenes", "Scenes", fill)
 
 
 def _counter(progress: Progress | None, total: int) -> Callable[[int], None]:
@@ -174,12 +148,3 @@ def _write_benchmarks(folder: Path, present: dict[str, dict[str, tuple[str, ...]
     for split in POPE_SPLITS:
         lines = [json.dumps(record) + "\n" for record in build_pope(images, split, seed=seed)]
         (folder / f"pope_{split}.json").write_text("".join(lines), encoding="utf-8")
-
-
-def _swap(part: Path, folder: Path) -> None:
-    """Put `part` where `folder` is; what was there goes only when the new one is in place."""
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    if folder.exists():
-        folder.rename(old)
-    part.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)

@@ -19,7 +19,7 @@ def tokens_of(hidden: Tensor, layout: Layout, place: Tensor, valid: Tensor, run:
     values = run.signals(layer)  # of the sequence before the cut, also for a merge that is done over again
 
     def at(index: Int[Tensor, "batch some"]) -> Any:
-        return lambda signal: _values_at(values[signal], index, signal)
+        return lambda signal: signal.take(values[signal], index)
 
     before = torch.arange(layout.role.shape[1], device=place.device) < layout.last(layout.visual)[:, None]
     asked = question(layout, run.asking(layer))
@@ -51,16 +51,6 @@ def spread(who: Signal, scores: Float[Tensor, "batch visual"], layout: Layout) -
         raise ModelError(f"{who}: expected scores of (rows, visual tokens) {expected}; found {found}")
     zero = scores.new_zeros(layout.role.shape)
     return zero.scatter_add(1, place, scores.masked_fill(~valid, 0))
-
-
-def _values_at(value: Tensor, index: Int[Tensor, "batch some"], signal: Signal) -> Tensor:
-    """A signal's values at places of its sequence."""
-    if not signal.axis:
-        return value
-    shape, wide = [1] * value.ndim, [*value.shape]
-    shape[0], shape[signal.key_axis] = index.shape
-    wide[signal.key_axis] = index.shape[1]
-    return value.gather(signal.key_axis, index.reshape(shape).expand(wide))
 
 
 def resequence(

@@ -73,7 +73,7 @@ class Run:
     def add_stage(self, layer: int, layout: Layout, index: Int[Tensor, "batch kept"]) -> None:
         """From ``layer`` on the sequence is ``layout``, gathered by ``index``; signals read so far come along."""
         before = max((first for first in self.layouts if first < layer), default=0)
-        self._signals[layer] = {s: _take(value, index, s) for s, value in self._signals[before].items()}
+        self._signals[layer] = {s: s.take(value, index) for s, value in self._signals[before].items()}
         self.layouts[layer] = layout
         self._masks.pop(layer, None)
         self._asks.pop(layer, None)
@@ -203,15 +203,3 @@ def _rows(value: Any, index: Int[Tensor, " rows"], batch: int) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(_rows(part, index, batch) for part in value)
     return value
-
-
-def _take(value: Tensor, index: Int[Tensor, "batch kept"], signal: Signal) -> Tensor:
-    """A signal's values at the places of a shorter sequence."""
-    if not signal.axis:
-        return value
-    at = signal.key_axis
-    shape = [1] * value.ndim
-    shape[0], shape[at] = index.shape
-    wide = [*value.shape]
-    wide[at] = index.shape[1]
-    return value.gather(at, index.reshape(shape).expand(wide))

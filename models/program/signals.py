@@ -111,6 +111,15 @@ class Signal:
     def key_axis(self) -> int:
         return self.axis
 
+    def take(self, value: Tensor, index: Int[Tensor, "batch kept"]) -> Tensor:
+        """What was read, at places of its sequence: of a shorter one after a cut, or of some of its tokens."""
+        if not self.axis:
+            return value
+        shape, wide = [1] * value.ndim, [*value.shape]
+        shape[0], shape[self.key_axis] = index.shape
+        wide[self.key_axis] = index.shape[1]
+        return value.gather(self.key_axis, index.reshape(shape).expand(wide))
+
     def read(self, seen: Attention) -> Tensor:
         raise NotImplementedError
 

@@ -108,7 +108,7 @@ class Encoding:
     def take(self, reduced: Reduced) -> None:
         """Only these patches are left; signals come along."""
         at = reduced.place
-        self.signals = {s: _gather(value, at, s.key_axis) for s, value in self.signals.items()}
+        self.signals = {s: s.take(value, at) for s, value in self.signals.items()}
         size = self.size if self.size is not None else torch.ones_like(self.place, dtype=torch.float32)
         self.size = reduced.size if reduced.size is not None else size.gather(1, at)
         whole = self.place.shape[1]
@@ -157,16 +157,15 @@ class VisionEngine:
 
     def begin(
         self,
-        views: int,
         seed: Int[Tensor, " views"],
         image: Int[Tensor, " views"] | None = None,
         real: Bool[Tensor, "views patches"] | None = None,
     ) -> None:
-        """A pass of ``views`` pictures begins; image and real as in :class:`Encoding`, by default a view is an image
-        and all of it is real."""
+        """A pass begins, of as many pictures as there are seeds; image and real as in :class:`Encoding`, by default a
+        view is an image and all of it is real."""
         rows, columns = self.encoder.grid
-        image = torch.arange(views, device=seed.device) if image is None else image
-        real = torch.ones(views, rows * columns, dtype=torch.bool, device=seed.device) if real is None else real
+        image = torch.arange(len(seed), device=seed.device) if image is None else image
+        real = torch.ones(len(seed), rows * columns, dtype=torch.bool, device=seed.device) if real is None else real
         self.now = Encoding(seed, image, real, columns)
 
     def finish(self, features: Float[Tensor, "views patches width"]) -> Reduced | None:
@@ -414,11 +413,3 @@ def _reduce(op: Select, tokens: Tokens, choice: Cut) -> Reduced:
         return op.selector.reduce(tokens, choice.kept, choice.wanted)
     place, valid = places(choice.kept & tokens.valid)
     return Reduced(place, rows_at(tokens.x, place), valid)
-
-
-def _gather(value: Tensor, index: Int[Tensor, "images kept"], axis: int) -> Tensor:
-    shape = [1] * value.ndim
-    shape[0], shape[axis] = index.shape
-    wide = [*value.shape]
-    wide[axis] = index.shape[1]
-    return value.gather(axis, index.reshape(shape).expand(wide))

@@ -1,11 +1,16 @@
 """Tiny models, batches written as strings, and a decoder written out in dense matrices to compare with."""
 
+import json
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from vlm.models.backbones.conv_vit import ConvVit
@@ -159,3 +164,53 @@ def spliced() -> Callable[..., tuple[Tensor, Tensor, list[int]]]:
 @pytest.fixture(scope="session")
 def by_hand() -> Callable[..., Tensor]:
     return decode_by_hand
+
+
+def from_hash(seed: int, *shape: int) -> Tensor:
+    """Numbers in [0, 1) made by an integer hash, so that they are the same everywhere."""
+    h = (2654435761 * numpy.arange(numpy.prod(shape), dtype=numpy.uint64) + 1013904223 * seed) % 2**32
+    for multiplier, shift in ((1, 16), (2246822519, 13), (3266489917, 16)):
+        h = h * numpy.uint64(multiplier) % 2**32
+        h ^= h >> numpy.uint64(shift)
+    return torch.from_numpy((h / 2**32).astype(numpy.float32)).reshape(shape)
+
+
+@pytest.fixture(scope="session")
+def positive() -> Callable[..., Tensor]:
+    """``positive(seed, *shape)``: numbers in [0, 1)."""
+    return from_hash
+
+
+@pytest.fixture(scope="session")
+def signed() -> Callable[..., Tensor]:
+    """``signed(seed, *shape)``: numbers in [-1, 1)."""
+    return lambda seed, *shape: 2 * from_hash(seed, *shape) - 1
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict[str, Any]:
+    """What the authors' codes return on those inputs (CPU, single precision)."""
+    path = Path(__file__).parents[1] / "golden" / "pruners.json"
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+class _Replayed:
+    """A layer whose hooks run again when it is recomputed, as under the checkpoint of Transformers 5.17."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(partial(super().__call__, **kwargs), *args, use_reentrant=False)  # type: ignore[misc]
+
+
+@pytest.fixture(scope="session")
+def checkpointing() -> Callable[[Any, str], None]:
+    """``checkpointing(model, style)``: decoder layers are recomputed in the backward pass, by Transformers as it is
+    (``"forward"``) or with their hooks (``"hooks too"``)."""
+
+    def change(model: Any, style: str) -> None:
+        if style == "forward":
+            model.language.gradient_checkpointing_enable({"use_reentrant": False})
+            return
+        for layer in model.decoder.layers:
+            layer.__class__ = type("Layer", (_Replayed, type(layer)), {})
+
+    return change

@@ -1,11 +1,9 @@
 """Attaching a program: neutral ones change no bit, and leaving restores everything."""
 
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from vlm.kernels.grouped_mass.rules import Neutral, visual_redistribution
 from vlm.models.errors import ModelError
@@ -215,16 +213,9 @@ def gradients(model: Any, *losses: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-class Replayed:
-    """The checkpoint of Transformers 5.17: the hooks of a layer run again when it is recomputed."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return checkpoint(partial(super().__call__, **kwargs), *args, use_reentrant=False)  # type: ignore[misc]
-
-
 @pytest.mark.parametrize("style", ["forward", "hooks too"])
 @pytest.mark.parametrize("name", ["fastv", "stride", "var", "fastv and var"])
-def test_gradient_checkpointing_gives_the_same_gradients(make_model, batch, style, name):
+def test_gradient_checkpointing_gives_the_same_gradients(make_model, batch, style, name, checkpointing):
     model, inputs = make_model().train(), batch("tt#ttt", "#t##tt")
     other = batch("t#tttt", "#ttttt")
     programs = [ACTIVE[part](model.facts) for part in name.split(" and ")]
@@ -232,11 +223,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(make_model, batch, styl
     with attach(model, sum(programs, ())):
         first, second = model(inputs, weights), model(other, weights)
         plain = gradients(model, first.loss, second.loss)
-        if style == "forward":
-            model.language.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            for layer in model.decoder.layers:
-                layer.__class__ = type("Layer", (Replayed, type(layer)), {})
+        checkpointing(model, style)
         # two passes before one backward, as preference losses have: each must be recomputed with its own layout
         again = [model(inputs, weights), model(other, weights)]
         assert torch.equal(again[0].layout.image, first.layout.image)

@@ -15,6 +15,11 @@ from vlm.data.benchmarks._shared.objects import Vocabulary
 from vlm.data.errors import DataError
 
 
+def truth_files(truth: str | Sequence[str]) -> tuple[str, ...]:
+    """The files that a recipe names: one, or several that add up."""
+    return (truth,) if isinstance(truth, str) else tuple(truth)
+
+
 def read_truth(paths: Sequence[str], vocabulary: Vocabulary) -> dict[str, frozenset[str]]:
     """Image key (COCO's `file_name`) -> categories present, in the order of the files.
 

@@ -1,42 +1,10 @@
 """The numbers of the published codes, and the inputs they belong to."""
 
-import json
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
-import numpy
 import pytest
 import torch
 from torch import Tensor
-
-
-def from_hash(seed: int, *shape: int) -> Tensor:
-    """Numbers in [0, 1) made by an integer hash, so that they are the same everywhere."""
-    h = (2654435761 * numpy.arange(numpy.prod(shape), dtype=numpy.uint64) + 1013904223 * seed) % 2**32
-    for multiplier, shift in ((1, 16), (2246822519, 13), (3266489917, 16)):
-        h = h * numpy.uint64(multiplier) % 2**32
-        h ^= h >> numpy.uint64(shift)
-    return torch.from_numpy((h / 2**32).astype(numpy.float32)).reshape(shape)
-
-
-@pytest.fixture(scope="session")
-def positive() -> Callable[..., Tensor]:
-    """``positive(seed, *shape)``: numbers in [0, 1)."""
-    return from_hash
-
-
-@pytest.fixture(scope="session")
-def signed() -> Callable[..., Tensor]:
-    """``signed(seed, *shape)``: numbers in [-1, 1)."""
-    return lambda seed, *shape: 2 * from_hash(seed, *shape) - 1
-
-
-@pytest.fixture(scope="session")
-def golden() -> dict[str, Any]:
-    """What the authors' codes return on those inputs (CPU, single precision)."""
-    path = Path(__file__).parents[2] / "golden" / "pruners.json"
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 @pytest.fixture

@@ -1,11 +1,8 @@
 """What a pruner should see in the encoder, written out; the numbers of the published codes; and what was kept."""
 
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -101,34 +98,6 @@ def apply(program: Program, tokens: Tokens, number: int = 0) -> tuple[Tensor, An
     return kept, None if op.selector.reduce is None else op.selector.reduce(tokens, kept, count)
 
 
-def from_hash(seed: int, *shape: int) -> Tensor:
-    """Numbers in [0, 1) made by an integer hash, so that they are the same everywhere."""
-    h = (2654435761 * numpy.arange(numpy.prod(shape), dtype=numpy.uint64) + 1013904223 * seed) % 2**32
-    for multiplier, shift in ((1, 16), (2246822519, 13), (3266489917, 16)):
-        h = h * numpy.uint64(multiplier) % 2**32
-        h ^= h >> numpy.uint64(shift)
-    return torch.from_numpy((h / 2**32).astype(numpy.float32)).reshape(shape)
-
-
-@pytest.fixture(scope="session")
-def positive() -> Callable[..., Tensor]:
-    """``positive(seed, *shape)``: numbers in [0, 1)."""
-    return from_hash
-
-
-@pytest.fixture(scope="session")
-def signed() -> Callable[..., Tensor]:
-    """``signed(seed, *shape)``: numbers in [-1, 1)."""
-    return lambda seed, *shape: 2 * from_hash(seed, *shape) - 1
-
-
-@pytest.fixture(scope="session")
-def golden() -> dict[str, Any]:
-    """What the authors' codes return on those inputs (CPU, single precision)."""
-    path = Path(__file__).parents[2] / "golden" / "pruners.json"
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 @pytest.fixture(scope="session")
 def clear(make_model: Callable[..., Any]) -> Callable[..., Any]:
     """A model whose encoder's attention is far from even, with a class token and four blocks unless told otherwise."""
@@ -185,3 +154,15 @@ def needs_class_token(make_model: Callable[..., Any]) -> Callable[..., None]:
         assert str(error.value) == f"{name}: it reads attention in the vision encoder, but Swin has no attention blocks"
 
     return check
+
+
+@pytest.fixture(scope="session")
+def gradients() -> Callable[[Any], dict[str, Tensor]]:
+    """``gradients(model)``: the gradients there are, by name, which are then cleared."""
+
+    def take(model: Any) -> dict[str, Tensor]:
+        found = {name: p.grad.clone() for name, p in model.named_parameters()}
+        model.zero_grad()
+        return found
+
+    return take

@@ -1,13 +1,11 @@
 """PyramidDrop against its procedure in dense matrices: a stage ranks by the attention of the layer that comes next."""
 
 import math
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from vlm.models.program.attach import attach
 from vlm.models.program.budget import Budget
@@ -89,7 +87,7 @@ def supervised(row: str) -> Tensor:
     return torch.tensor([[1.0 if mark == "a" else 0.0 for mark in row]], dtype=torch.float64)
 
 
-def test_in_training_the_tokens_before_each_answer_ask(make_model, batch, spliced, by_hand):
+def test_in_training_the_tokens_before_each_answer_ask(make_model, batch, spliced, by_hand, gradients):
     model, row = make_model().train(), "t#ttaattatta"
     inputs, weights = batch(row.replace("a", "t")), supervised(row)
     method = Pyramiddrop(Budget.parse(3), shares=(4, 2, 1))
@@ -111,32 +109,17 @@ def test_in_training_the_tokens_before_each_answer_ask(make_model, batch, splice
         torch.testing.assert_close(mine[name], expected, rtol=0, atol=1e-5 * scale, msg=name)
 
 
-def gradients(model: Any) -> dict[str, Tensor]:
-    found = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
-    return found
-
-
-class Replayed:
-    """A layer whose hooks run again when it is recomputed, as in Transformers 5.17."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return checkpoint(partial(super().__call__, **kwargs), *args, use_reentrant=False)  # type: ignore[misc]
-
-
 @pytest.mark.parametrize("style", ["forward", "hooks too"])
-def test_looking_ahead_under_gradient_checkpointing_gives_the_same_gradients(make_model, batch, style):
+def test_looking_ahead_under_gradient_checkpointing_gives_the_same_gradients(
+    make_model, batch, style, checkpointing, gradients
+):
     model, inputs, other = make_model().train(), batch("tt#ttt", "#t##tt"), batch("t#tttt", "#ttttt")
     weights = (inputs.tokens >= 0).double() * inputs.valid
     with attach(model, Pyramiddrop(Budget.parse("25%")).program(model.facts)):
         first, second = model(inputs, weights), model(other, weights)
         (first.loss + second.loss).backward()
         plain = gradients(model)
-        if style == "forward":
-            model.language.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            for layer in model.decoder.layers:
-                layer.__class__ = type("Layer", (Replayed, type(layer)), {})
+        checkpointing(model, style)
         again = [model(inputs, weights), model(other, weights)]
         assert torch.equal(again[0].layout.image, first.layout.image)
         (again[0].loss + again[1].loss).backward()

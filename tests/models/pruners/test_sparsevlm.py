@@ -1,12 +1,10 @@
 """SparseVLM against its procedure written out in dense matrices and loops."""
 
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from vlm.models.errors import ModelError
@@ -178,7 +176,9 @@ def test_a_published_list_comes_out_as_it_is(make_model, version, budget, keep):
 
 
 @pytest.mark.parametrize("style", ["forward", "hooks too"])
-def test_gradients_are_the_dense_ones_and_checkpointing_keeps_them(make_model, batch, spliced, by_hand, style):
+def test_gradients_are_the_dense_ones_and_checkpointing_keeps_them(
+    make_model, batch, spliced, by_hand, style, checkpointing, gradients
+):
     model, inputs = make_model().train(), batch("tt#ttttt")
     method = Sparsevlm(Budget.parse("25%"))
     weights = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.5]])
@@ -198,27 +198,6 @@ def test_gradients_are_the_dense_ones_and_checkpointing_keeps_them(make_model, b
         scale = expected.abs().max().item()
         torch.testing.assert_close(mine[name], expected, rtol=0, atol=1e-5 * scale, msg=name)
         torch.testing.assert_close(again[name], mine[name], rtol=1e-6, atol=1e-9, msg=name)
-
-
-def gradients(model: Any) -> dict[str, Tensor]:
-    found = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
-    return found
-
-
-class Replayed:
-    """A layer whose hooks run again when it is recomputed, as in Transformers 5.17."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return checkpoint(partial(super().__call__, **kwargs), *args, use_reentrant=False)  # type: ignore[misc]
-
-
-def checkpointing(model: Any, style: str) -> None:
-    if style == "forward":
-        model.language.gradient_checkpointing_enable({"use_reentrant": False})
-    else:
-        for layer in model.decoder.layers:
-            layer.__class__ = type("Layer", (Replayed, type(layer)), {})
 
 
 def test_an_answer_does_not_rate(make_model, batch):
