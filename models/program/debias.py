@@ -57,8 +57,7 @@ class Debias:
         share: Float[Tensor, "segments tokens"] | None = None,
     ) -> Float[Tensor, "segments tokens"]:
         """The scores, reweighted; ``share`` is each token's place in raster order, by default among those there."""
-        share = raster_share(valid) if share is None else share
-        weight = _cubic(share) if self.sigma is None else torch.exp(-self.sigma * share)
+        weight = cubic_weight(valid, share) if self.sigma is None else exponential_weight(valid, self.sigma, share)
         return (score * weight).masked_fill(~valid, 0)
 
 
@@ -68,20 +67,25 @@ def raster_share(valid: Bool[Tensor, "segments tokens"]) -> Float[Tensor, "segme
 
 
 def exponential_weight(
-    valid: Bool[Tensor, "segments tokens"], sigma: float | Float[Tensor, " segments"]
+    valid: Bool[Tensor, "segments tokens"],
+    sigma: float | Float[Tensor, " segments"],
+    share: Float[Tensor, "segments tokens"] | None = None,
 ) -> Float[Tensor, "segments tokens"]:
-    """Weight ``exp(-sigma x)`` that takes an exponential rise of attention over raster order away (section 3.2)."""
+    """Weight ``exp(-sigma x)`` that takes an exponential rise of attention over raster order away (section 3.2).
+
+    share: each token's place x, by default among those there.
+    """
+    x = raster_share(valid) if share is None else share
     slope = torch.as_tensor(sigma, dtype=torch.float32, device=valid.device).reshape(-1, 1)
-    return torch.exp(-slope * raster_share(valid)).masked_fill(~valid, 0)
+    return torch.exp(-slope * x).masked_fill(~valid, 0)
 
 
-def cubic_weight(valid: Bool[Tensor, "segments tokens"]) -> Float[Tensor, "segments tokens"]:
-    """The weight that the authors' code uses with FastV on LLaVA-1.5-7B: one over a cubic fit."""
-    return _cubic(raster_share(valid)).masked_fill(~valid, 0)
-
-
-def _cubic(x: Float[Tensor, "segments tokens"]) -> Float[Tensor, "segments tokens"]:
-    return 1 / (((4.88412565 * x - 4.82643345) * x + 1.73373862) * x + 1)
+def cubic_weight(
+    valid: Bool[Tensor, "segments tokens"], share: Float[Tensor, "segments tokens"] | None = None
+) -> Float[Tensor, "segments tokens"]:
+    """The weight that the authors' code uses with FastV on LLaVA-1.5-7B: one over a cubic fit. share: as above."""
+    x = raster_share(valid) if share is None else share
+    return (1 / (((4.88412565 * x - 4.82643345) * x + 1.73373862) * x + 1)).masked_fill(~valid, 0)
 
 
 def fit_position(mean_attention: Float[Tensor, " tokens"]) -> PositionFit:

@@ -9,6 +9,22 @@ from vlm.models.program.reduce import Reduced, reduced
 from vlm.models.program.segments import cosine, numbers, places, ranks, rows_at, weighted_sums
 
 
+def merging_away(
+    metric: Float[Tensor, "segments tokens key_width"],
+    valid: Bool[Tensor, "segments tokens"],
+    merges: Int[Tensor, " segments"],
+    class_token: bool = False,
+    before: int = 0,
+) -> tuple[Bool[Tensor, "segments tokens"], Int[Tensor, "segments tokens"]]:
+    """Which tokens :func:`merge_pairs` merges into another, and the one that each is most alike to."""
+    number = numbers(valid) + before
+    first, second = valid & (number % 2 == 0), valid & (number % 2 == 1)
+    likeness = cosine(metric, metric).masked_fill(~second[:, None], -torch.inf)
+    best, partner = likeness.max(2)
+    free = first & ~(class_token & (number == 0)) & second.any(1, keepdim=True)
+    return (ranks(best, free) < merges.minimum(valid.sum(1) // 2)[:, None]) & free, partner
+
+
 def merge_pairs(
     x: Float[Tensor, "segments tokens width"],
     metric: Float[Tensor, "segments tokens key_width"],
@@ -29,12 +45,7 @@ def merge_pairs(
     Tokens come back in their order (the published code puts the first half before the second).
     Source: ToMe (ICLR 2023), section 3.
     """
-    number = numbers(valid) + before
-    first, second = valid & (number % 2 == 0), valid & (number % 2 == 1)
-    likeness = cosine(metric, metric).masked_fill(~second[:, None], -torch.inf)
-    best, partner = likeness.max(2)
-    free = first & ~(class_token & (number == 0)) & second.any(1, keepdim=True)
-    gone = (ranks(best, free) < merges.minimum(valid.sum(1) // 2)[:, None]) & free
+    gone, partner = merging_away(metric, valid, merges, class_token, before)
     index = torch.arange(x.shape[1], device=x.device)
     target = torch.where(gone, partner, index)  # [S,P]
     place, there = places(valid & ~gone)

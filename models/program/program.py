@@ -272,11 +272,6 @@ def needs_of(op: Op, layers: int) -> tuple[Signal, ...]:
     return tuple(signal for layer in range(layers) for signal in op.needs(layer))
 
 
-def signals_of(program: Program, layers: int) -> set[Signal]:
-    """All signals that the ops of a program ask for."""
-    return {signal for _, op in program for signal in needs_of(op, layers)}
-
-
 def in_encoder(site: Site) -> bool:
     return site.name in ("vit.mid", "vit.after")
 

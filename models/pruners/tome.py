@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlm.models.errors import ModelError
 from vlm.models.program.budget import Budget
-from vlm.models.program.merge import counts_to, merge_pairs
+from vlm.models.program.merge import counts_to, merge_pairs, merging_away
 from vlm.models.program.program import Position, Program, Select, Selector, Tokens, vit_mid
 from vlm.models.program.reduce import Reduced
 from vlm.models.program.schedule import budgets
@@ -56,20 +56,19 @@ class Tome:
     def _selector(self, block: int, blocks: int, class_token: bool) -> Selector:
         keys = PatchKeys(block)
 
-        def merge(tokens: Tokens, count: Int[Tensor, " segments"]) -> Reduced:
+        def merges(tokens: Tokens, count: Int[Tensor, " segments"]) -> Int[Tensor, " segments"]:
             pairs = zip(count.tolist(), tokens.total.tolist(), strict=True)
             left = [counts_to(*pair, blocks, self.inflection)[block] for pair in pairs]
-            merges = tokens.valid.sum(1) - count.new_tensor(left)
-            size = tokens.size if tokens.size is not None else torch.ones_like(tokens.valid, dtype=torch.float32)
-            metric = tokens.signal(keys).mean(1)
-            return merge_pairs(tokens.x, metric, size, tokens.valid, merges, before=int(class_token))
+            return tokens.valid.sum(1) - count.new_tensor(left)
 
         def choose(tokens: Tokens, count: Int[Tensor, " segments"]) -> Bool[Tensor, "segments tokens"]:
-            left = merge(tokens, count)
-            marks = torch.zeros_like(tokens.valid, dtype=torch.long)
-            return marks.scatter_add(1, left.place, left.valid.long()) > 0
+            metric = tokens.signal(keys).mean(1)
+            gone, _ = merging_away(metric, tokens.valid, merges(tokens, count), before=int(class_token))
+            return tokens.valid & ~gone
 
         def reduce(tokens: Tokens, kept: Bool[Tensor, "segments tokens"], count: Int[Tensor, " segments"]) -> Reduced:
-            return merge(tokens, count)
+            size = tokens.size if tokens.size is not None else torch.ones_like(tokens.valid, dtype=torch.float32)
+            metric, number = tokens.signal(keys).mean(1), tokens.valid.sum(1) - kept.sum(1)
+            return merge_pairs(tokens.x, metric, size, tokens.valid, number, before=int(class_token))
 
         return Selector(choose, (keys,), reduce)
