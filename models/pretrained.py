@@ -17,7 +17,7 @@ from vlm.models.family import Picture, find_family
 from vlm.models.processing import PER_TOKEN
 from vlm.models.program.attach import RUN
 from vlm.models.program.layout import IMAGE, PAD, TEXT, Layout, Side, compact
-from vlm.models.program.perturb import insertion
+from vlm.models.program.perturb import edited, insertion
 from vlm.models.program.run import Run
 from vlm.models.program.signals import Vision
 from vlm.models.roles import ROLES
@@ -59,6 +59,36 @@ class PretrainedInputs(NamedTuple):
             visual=put(self.visual, 0),
             types=None if self.types is None else put(self.types, 0),
         )
+
+    def edit(
+        self, ids: Sequence[Sequence[int]], at: Int[Tensor, " batch"], drop: Bool[Tensor, "batch length"] | None = None
+    ) -> "PretrainedInputs":
+        """The same prompts without the text at ``drop``, and with ``ids[row]`` after the place ``at`` of each row."""
+        keep = self.valid if drop is None else self.valid & ~drop
+        put, fresh, valid = edited(keep, at, ids, "left")
+        types = None if self.types is None else put(self.types, 0)
+        visual = put(self.visual, 0)
+        return self._replace(tokens=put(self.tokens, fresh), valid=valid, visual=visual, types=types)
+
+    def doubled(self) -> "PretrainedInputs":
+        """The same prompts with their one image twice in succession. Raises ModelError where a row has more of them, or
+        where the family needs to know more of an image than its pixels."""
+        if not self.media:
+            return self
+        pixels, count = self.media.get("pixel_values"), self.visual.sum(1).tolist()
+        shown = sum(number > 0 for number in count)
+        if set(self.media) != {"pixel_values"} or self.types is not None or pixels is None or len(pixels) != shown:
+            raise ModelError(
+                "images: to show an image twice a row must have one, of one picture of fixed size; "
+                f"found {shown} rows with images and {', '.join(sorted(self.media))}"
+            )
+        place = torch.arange(1, self.tokens.shape[1] + 1, device=self.tokens.device)
+        last = (self.visual * place).amax(1) - 1  # [B]
+        token = self.tokens.gather(1, last.clamp_min(0)[:, None])[:, 0].tolist()  # the image's, where there is one
+        new = self.edit([[one] * number for one, number in zip(token, count, strict=True)], last)
+        put, fresh, _ = edited(self.valid, last, [[1] * number for number in count], "left")
+        visual = put(self.visual, fresh)
+        return new._replace(visual=visual, media={"pixel_values": pixels.repeat_interleave(2, 0)})
 
 
 class PretrainedVlm(BaseVlm):

@@ -13,7 +13,7 @@ from vlm.models.base import BaseVlm, Overview, pixel_seed
 from vlm.models.encoder import unread
 from vlm.models.errors import ModelError
 from vlm.models.program.layout import Layout, Side, compact
-from vlm.models.program.perturb import insertion
+from vlm.models.program.perturb import edited, insertion
 from vlm.models.program.run import Run
 from vlm.models.program.signals import Vision
 from vlm.models.splice import IMAGE_TOKEN, Visual, check_placeholders, splice
@@ -49,6 +49,31 @@ class Inputs(NamedTuple):
         an image, after its first token)."""
         put = insertion((self.tokens == IMAGE_TOKEN) & self.valid, self.valid, len(ids), start)
         return self._replace(tokens=put(self.tokens, self.tokens.new_tensor(ids)), valid=put(self.valid, 1))
+
+    @property
+    def visual(self) -> Bool[Tensor, "batch length"]:
+        """Where images stand."""
+        return (self.tokens == IMAGE_TOKEN) & self.valid
+
+    def edit(
+        self, ids: Sequence[Sequence[int]], at: Int[Tensor, " batch"], drop: Bool[Tensor, "batch length"] | None = None
+    ) -> "Inputs":
+        """The same prompts without the text at ``drop``, and with ``ids[row]`` after the place ``at`` of each row."""
+        keep = self.valid if drop is None else self.valid & ~drop
+        put, fresh, valid = edited(keep, at, ids, "right")
+        return self._replace(tokens=put(self.tokens, fresh), valid=valid)
+
+    def doubled(self) -> "Inputs":
+        """The same prompts with their one image twice in succession. Raises ModelError where a row has more of them, or
+        an image has tiles."""
+        if self.tiles is not None and len(self.tiles):
+            raise ModelError("images: expected images of one view each to show them twice; found tiles")
+        count = self.visual.sum(1)
+        if len(more := (count > 1).nonzero().flatten()):
+            raise ModelError(f"images: expected one image to show it twice; found several in row {int(more[0])}")
+        place = torch.arange(1, self.tokens.shape[1] + 1, device=self.tokens.device)
+        new = self.edit([[IMAGE_TOKEN] * number for number in count.tolist()], (self.visual * place).amax(1) - 1)
+        return new._replace(images=self.images.repeat_interleave(2, 0), owner=self.owner.repeat_interleave(2, 0))
 
 
 class VisionLanguageModel(BaseVlm):

@@ -47,6 +47,7 @@ from vlm.models.program.program import (
     VIT_OUT,
     Control,
     Keys,
+    Prepare,
     Program,
     Regroup,
     Rewrite,
@@ -73,6 +74,7 @@ class Engine:
         self.program = program
         self.impl = impl  # of the attention operations
         layers = len(self.decoder.layers)
+        self.prepares = [op for _, op in program if isinstance(op, Prepare)]
         self.rewrites = [op for _, op in program if isinstance(op, Rewrite)]
         self.inner = sorted({layers for op in self.rewrites for layers in op.inner})
         self.control = next((op for _, op in program if isinstance(op, Control)), None)
@@ -116,7 +118,7 @@ class Engine:
 
     @property
     def sees_attention(self) -> bool:
-        observes = any(signal.observes for signal in self.given)
+        observes = any(one.observes for one in (*self.given, *self.prepares))
         return bool(self.received or self.ahead or self.regroups or self.caches or observes)
 
     def tag(self, run: Run) -> dict[str, Run]:
@@ -129,6 +131,8 @@ class Engine:
     def begin(self, model: Any, inputs: Any, weights: Tensor | None, asks: Int[Tensor, "batch asks"] | None) -> None:
         """Ask for the scores that come from outside, before the pass over ``inputs``."""
         if self.observer is None:
+            if weights is not None and self.prepares:
+                raise ModelError("prompt: this method changes prompts that are to be answered; found a training pass")
             self.asks = asks
             with torch.no_grad():
                 self.scores = {signal: signal.scores(model, inputs, weights) for signal in self.given}

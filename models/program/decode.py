@@ -52,7 +52,7 @@ def generate(
     engine = model.engine
     if engine is not None:
         check_decoder(engine.program, decoder)
-    logits, opened = open_streams(model, inputs)
+    logits, opened = open_streams(model, inputs, stop)
     streams = Streams(model, logits, opened)
     run = streams.main.run
 

@@ -1,12 +1,13 @@
 """Changes to a prompt and its images from which other contexts of a decode are made."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vlm.models.errors import ModelError
+from vlm.models.program.layout import Side, compact
 
 STEPS = 1000  # of the diffusion whose noise is used
 
@@ -74,3 +75,36 @@ def insertion(
         return torch.cat([values, fresh], 1).gather(1, order)
 
     return put
+
+
+def edited(
+    keep: Bool[Tensor, "batch length"], at: Int[Tensor, " batch"], ids: Sequence[Sequence[int]], side: Side
+) -> tuple[
+    Callable[[Int[Tensor, "batch length"], int | Int[Tensor, "batch most"]], Int[Tensor, "batch longer"]],
+    Int[Tensor, "batch most"],
+    Bool[Tensor, "batch longer"],
+]:
+    """How each row keeps some places of its text and gets ``ids[row]`` put in after its place ``at`` (-1: before all).
+
+    Returns a function from what stands at each place, and what shall stand at the new ones, to what then stands at each
+    place (0 where nothing does); the new tokens, padded on the right; and which places are then real, rows padded on
+    ``side``.
+    """
+    batch, length = keep.shape
+    most = max(map(len, ids), default=0)
+    fresh = torch.tensor([[*row, *[0] * (most - len(row))] for row in ids], dtype=torch.long, device=keep.device)
+    fresh = fresh.reshape(batch, most)
+    there = (
+        torch.arange(most, device=keep.device) < torch.tensor([len(row) for row in ids], device=keep.device)[:, None]
+    )
+    place = torch.arange(length, device=keep.device).expand(batch, length)
+    key = torch.cat([2 * place, (2 * at + 1)[:, None].expand(-1, most)], 1)
+    order = key.argsort(dim=1, stable=True)
+    index, valid = compact(torch.cat([keep, there], 1).gather(1, order), side)
+    index = order.gather(1, index)
+
+    def put(values: Tensor, new: int | Tensor) -> Tensor:
+        added = torch.as_tensor(new, dtype=values.dtype, device=values.device).expand(batch, most)
+        return torch.cat([values, added], 1).gather(1, index).masked_fill(~valid, 0)
+
+    return put, fresh, valid

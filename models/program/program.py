@@ -35,6 +35,8 @@ class Site:
         return self.name if self.layer < 0 else f"{self.name}[{self.layer}]"
 
 
+IMAGE = Site("image")  # pictures and where they stand in the prompts, before anything is encoded
+PROMPT = Site("prompt")  # the words of prompts
 VIT_OUT = Site("vit.out")  # features of each image, before the connector
 LLM_IN = Site("llm.in")  # the spliced sequence, before the first decoder layer
 LOGITS = Site("logits")  # next-token logits of all streams
@@ -228,7 +230,21 @@ class Tap:
     receive: Callable[[Float[Tensor, "batch keys"], Layout], None] = field(compare=False)
 
 
-Op = Select | Regroup | Rewrite | Control | Tap | Evict | EvictStep | ReadStep
+@dataclass(frozen=True)
+class Prepare:
+    """Op at ``image`` and ``prompt``: other prompts in the place of those that were given, row for row.
+
+    change(model, inputs, stop) makes them once, before the first pass of a decode; ``stop`` is the token that ends an
+    answer, -1 where nobody says. It may run the model under :func:`~vlm.models.program.observe.observe` (``observes``).
+    All streams begin with what it makes, so that contrasts of two contexts stay those of one change. Several follow
+    each other. Prompts only: a training pass is refused.
+    """
+
+    change: Callable[[Any, Any, int], Any]
+    observes: bool = False
+
+
+Op = Prepare | Select | Regroup | Rewrite | Control | Tap | Evict | EvictStep | ReadStep
 Program = tuple[tuple[Site, Op], ...]
 
 
@@ -265,7 +281,7 @@ def needs_of(op: Op, layers: int) -> tuple[Signal, ...]:
         return op.selector.needs
     if isinstance(op, Tap):
         return (op.signal,)
-    if isinstance(op, EvictStep):
+    if isinstance(op, EvictStep | Prepare):
         return ()
     if isinstance(op, Regroup | Rewrite | Control):
         return op.needs

@@ -19,12 +19,17 @@ from vlm.models.program.signals import Signal
 Logits = Mapping[str, Float[Tensor, "rows vocab"]]
 
 
-def open_streams(model: BaseVlm, inputs: Any) -> tuple[dict[str, Float[Tensor, "batch vocab"]], dict[str, Stream]]:
-    """Run the prompts through every stream that the attached program asks for.
+def open_streams(
+    model: BaseVlm, inputs: Any, stop: int = -1
+) -> tuple[dict[str, Float[Tensor, "batch vocab"]], dict[str, Stream]]:
+    """Prepare the prompts and run them through every stream that the attached program asks for.
 
-    Returns next-token logits and stream by name; ``"main"`` is always there.
+    stop: the token that ends an answer, -1 for none. Returns next-token logits and stream by name; ``"main"`` is always
+    there.
     """
     rewrites = model.engine.rewrites if model.engine is not None else []
+    for op in model.engine.prepares if model.engine is not None else []:
+        inputs = op.change(model, inputs, stop)
     logits, main = model.prefill(inputs)
     opened = {MAIN: (logits, main)}
     for context in dict.fromkeys(context for op in rewrites for context in op.streams):
