@@ -1,4 +1,4 @@
-"""Neighborhood attention transformers, NAT and DiNAT and their relatives: ``vision: {use: nat, variant: dinat_tiny}``."""
+"""Neighborhood attention transformers, NAT, DiNAT and their kin: ``vision: {use: nat, variant: dinat_tiny}``."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
