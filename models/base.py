@@ -91,6 +91,7 @@ class BaseVlm(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.engine = None
+        self.closing: Callable[[], Sequence[int]] | None = None  # the tokens with which a template ends every prompt
         self.tokenize: Callable[[str], Sequence[int]] | None = None  # for methods that bring words of their own
 
     @property

@@ -31,19 +31,34 @@ def last_place(mask: Bool[Tensor, "batch length"]) -> Int[Tensor, " batch"]:
     return (mask * place).amax(1) - 1
 
 
-def asked(inputs: Any, closing: Sequence[int]) -> Bool[Tensor, "batch length"]:
+def asked(inputs: Any, closing: Sequence[int] | int) -> Bool[Tensor, "batch length"]:
     """The words after the last image of each prompt, as far as they are the user's; none in a row without an image.
 
-    closing: the tokens with which the template lets every prompt end. As many of them as a prompt really ends with are
-    the template's.
+    closing: the tokens with which the template lets every prompt end, or how many they are. As many of them as a prompt
+    really ends with are the template's.
     """
     place = torch.arange(inputs.tokens.shape[1], device=inputs.tokens.device)
     image = last_place(inputs.visual)[:, None]
     end = last_place(inputs.valid)[:, None] + 1
     for row, last in enumerate(end[:, 0].tolist()):
-        text = inputs.tokens[row, :last].tolist()
-        same = 0
-        while same < min(len(closing), last) and text[last - 1 - same] == closing[len(closing) - 1 - same]:
-            same += 1
-        end[row] -= same
+        end[row] -= closing if isinstance(closing, int) else _alike(inputs.tokens[row, :last].tolist(), closing)
     return inputs.valid & (image >= 0) & (place > image) & (place < end)
+
+
+def _alike(text: Sequence[int], closing: Sequence[int]) -> int:
+    """How many tokens both end with alike."""
+    pairs = zip(reversed(text), reversed(closing), strict=False)
+    return next((count for count, (one, other) in enumerate(pairs) if one != other), min(len(text), len(closing)))
+
+
+def closing_of(model: Any, count: int | None, option: str) -> Sequence[int] | int:
+    """The tokens with which a template lets every prompt end, as ``model.closing`` tells, or their ``count`` where a
+    user gives it. Raises ModelError where nobody says."""
+    if count is not None:
+        return count
+    if model.closing is None:
+        raise ModelError(
+            f"{option}: nobody told this model how its prompts end (model.closing); give the number of tokens that the "
+            "template has after the question"
+        )
+    return model.closing()

@@ -72,6 +72,16 @@ class Asker:
         self.model, self.tokenizer, self.encoder, self.read, self.batch = model, tokenizer, encoder, read, batch
         self._seen: OrderedDict[str, Views] = OrderedDict()
         self._bytes = 0
+        model.closing = self._closing
+
+    def _closing(self) -> list[int]:
+        """The tokens with which prompts end whatever is asked: the template's after the question."""
+        asked = self.inputs([Prompt((), text, 1) for text in ("What is that?", "Say more, please!")])
+        pair = [row[valid].tolist() for row, valid in zip(asked.tokens, asked.valid, strict=True)]
+        same = 0
+        while same < min(map(len, pair)) and pair[0][-1 - same] == pair[1][-1 - same]:
+            same += 1
+        return pair[0][len(pair[0]) - same :]
 
     @property
     def stop(self) -> int:
