@@ -1,4 +1,4 @@
-"""Mixture-of-heads attention on TransNeXt, whose places choose their heads: ``vision: {use: moh, variant: base_75}``."""
+"""Mixture-of-heads attention on TransNeXt: ``vision: {use: moh, variant: base_75}``."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
