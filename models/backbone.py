@@ -30,9 +30,12 @@ _SHOWN = 6  # keys of each kind that a message lists
 
 
 class Network(Protocol):
-    """What :class:`BackboneEncoder` asks of a network."""
+    """What :class:`BackboneEncoder` asks of a network. stages: their number, or the modules themselves.
 
-    stages: int
+    A network with tokens before its patches says how many in ``prefix``; its maps come as pairs with them.
+    """
+
+    stages: int | nn.ModuleList
 
     def maps(self, images: Float[Tensor, "images 3 height width"]) -> Iterator[Float[Tensor, "images width rows cols"]]:
         """The map of every stage in order, each computed when it is asked for; the last with the final norm."""
@@ -83,7 +86,8 @@ class BackboneEncoder(Part):
         if wrong := [key for key in settings if key not in signature(self.network).parameters]:
             raise ModelError(f"model.vision.config: {name} {_nearest(wrong[0], signature(self.network).parameters)}")
         self.model: Any = self.network(**settings)
-        self.depth: int = self.model.stages
+        stages = self.model.stages
+        self.depth: int = stages if isinstance(stages, int) else len(stages)
         if not -self.depth <= layer < self.depth:
             raise ModelError(
                 f"model.vision: {name} {variant} has layers {-self.depth}..{self.depth - 1}; found layer {layer}"
