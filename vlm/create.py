@@ -25,6 +25,7 @@ from vlm.recipe.section import Method
 FOLDERS = {
     "vision": "models/backbones",
     "connector": "models/connectors",
+    "head": "models/heads",
     "prune": "models/pruners",
     "kv": "models/kv",
     "mitigate": "models/mitigators",
@@ -34,7 +35,7 @@ FOLDERS = {
     "make": "data",
 }
 # Options that name methods themselves: the type of one -> its kind. By name, so that no library is imported for it.
-_NESTED = {"vlm.models.encoder.Encoder": "vision"}
+_NESTED = {"vlm.models.encoder.Encoder": "vision", "vlm.models.head.Head": "head"}
 # Arguments that the program fills in and no recipe may set.
 _FILLED_IN = {"connector": {"vision_dim", "language_dim"}, "make": {"progress"}}
 

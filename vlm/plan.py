@@ -10,6 +10,7 @@ from vlm.create import check as check_methods
 from vlm.create import create
 from vlm.data.index import load_manifest
 from vlm.data.stream import legal_worlds
+from vlm.evaluation.classes import check_heads
 from vlm.evaluation.forecast import forecast
 from vlm.models.base import BaseVlm
 from vlm.models.errors import ModelError
@@ -54,6 +55,7 @@ def plan(recipe: Recipe) -> str:
     the tokenizer comes with them, and the plan says what it leaves open.
     """
     check_methods(recipe)
+    check_heads(recipe)
     lines = [f"{recipe.name}  (recipe {recipe.hash()[:12]})", ""]
     made = recipe.data.make is not None and not _sources_exist(recipe)
     if made:
@@ -74,7 +76,7 @@ def _model(recipe: Recipe) -> BaseVlm:
     model = build_model(recipe, tokenizer, meta=True)
     for stage in recipe.stages:
         for role in stage.train:
-            if not model.parts[role].parameters():
+            if role != "head" and not model.parts[role].parameters():
                 raise RecipeError(f"stage {stage.name}: train.{role}: expected a part with parameters, found none")
         if recipe.model.origin is not None and getattr(create("objective", stage.objective), "composed_only", False):
             objective = stage.objective
@@ -148,6 +150,8 @@ def _parts(recipe: Recipe, model: BaseVlm) -> list[str]:
         total += own + added
         half += 0 if ever else own
         rows.append((role, f"{own:,}", *cells))
+    if any("head" in stage.train for stage in recipe.stages):
+        rows.append(("head", "by its classes", *(_how(stage.train.get("head"), 0) for stage in recipe.stages)))
     in_bf16 = recipe.model.origin is not None and recipe.run.precision == "bf16"
     # fp32 weights (frozen ones of a checkpoint in bf16); gradient and AdamW's two moments of trained ones
     memory = (4 * total - (2 * half if in_bf16 else 0) + 12 * max(trained, default=0)) / 2**20

@@ -185,6 +185,6 @@ class Dependencyvit(BackboneEncoder):
         size = self.model.size
         if tuple(images.shape[2:]) != (size, size):
             raise ModelError(
-                f"model.vision: dependencyvit: expected images of {size} x {size} pixels, as image and config.size say; "
+                f"model.vision: dependencyvit: expected images of {size} x {size} pixels (image and config.size); "
                 f"found {images.shape[2]} x {images.shape[3]}"
             )

@@ -14,6 +14,7 @@ from vlm.build import build_encoder, decoder_of, program_of
 from vlm.create import create
 from vlm.data.benchmarks._shared.images import ImageSource
 from vlm.evaluation.answer import Asker, Prompt
+from vlm.evaluation.classes import ClassAsker, asks_head, check_heads
 from vlm.evaluation.cost import prefill_seconds, prompt_cost
 from vlm.evaluation.pictures import draw_pictures
 from vlm.models.base import BaseVlm
@@ -25,15 +26,17 @@ from vlm.training.train import versions
 
 
 class Bench:
-    """A benchmark opened: its questions, and who answers them."""
+    """A benchmark opened: its questions, and who answers them: the model in words, or the head that was trained."""
 
-    def __init__(self, recipe: Recipe, label: str, model: BaseVlm, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, recipe: Recipe, label: str, model: BaseVlm, tokenizer: PreTrainedTokenizerBase, weights: Path):
         self.label = label
         self.benchmark: Any = create("benchmark", recipe.evaluate.benchmarks[label])
         self.questions = self.benchmark.ask()
         read = ImageSource(self.benchmark.images).read
         encoder, batch = build_encoder(recipe, model, tokenizer), recipe.evaluate.batch
-        self.ask = Asker(model, tokenizer, encoder, read, batch, decoder_of(recipe))
+        self.by_head = asks_head(self.benchmark)
+        rest = model, tokenizer, encoder, read, batch, decoder_of(recipe)
+        self.ask = ClassAsker(recipe, weights, *rest) if self.by_head else Asker(*rest)
         self.prompts = [Prompt(q.images, q.prompt, self.benchmark.max_new_tokens) for q in self.questions]
 
     @property
@@ -61,7 +64,9 @@ def evaluate(recipe: Recipe, model: BaseVlm, tokenizer: PreTrainedTokenizerBase,
     model.eval()
     folder = Path(recipe.run.dir)
     rows = recipe.comparisons
-    benches = [Bench(recipe, label, model, tokenizer) for label in recipe.evaluate.benchmarks]
+    check_heads(recipe)
+    benches = [Bench(recipe, label, model, tokenizer, weights) for label in recipe.evaluate.benchmarks]
+    asked = [bench for bench in benches if not bench.by_head]  # of the language model
     total = len(rows) * sum(bench.different for bench in benches)
     progress, done = Progress("evaluate", total), 0
 
@@ -79,8 +84,8 @@ def evaluate(recipe: Recipe, model: BaseVlm, tokenizer: PreTrainedTokenizerBase,
         results.append(result)
         if row.is_plain:
             plain = plain or answers
-    if benches:
-        for result, seconds in zip(results, prefill_seconds(model, benches[0].batch(), programs), strict=True):
+    if asked:
+        for result, seconds in zip(results, prefill_seconds(model, asked[0].batch(), programs), strict=True):
             result["cost"]["prefill_s"] = median(seconds)
     facts = {
         "name": recipe.name,
@@ -92,7 +97,7 @@ def evaluate(recipe: Recipe, model: BaseVlm, tokenizer: PreTrainedTokenizerBase,
     }
     path = folder / "evaluation.json"
     path.write_text(json.dumps(facts, indent=1))
-    pictures = draw_pictures(recipe, rows, benches, model)
+    pictures = draw_pictures(recipe, rows, asked, model)
     (folder / "pictures.json").write_text(json.dumps(pictures))
     return path
 
@@ -112,8 +117,8 @@ def _evaluate_row(
     begun = time.perf_counter()
     answers = {bench.label: bench.answer(tick) for bench in benches}
     cost: dict[str, Any] = {"seconds": time.perf_counter() - begun}
-    if benches:
-        cost |= prompt_cost(model, benches[0].batch())
+    if asked := [bench for bench in benches if not bench.by_head]:
+        cost |= prompt_cost(model, asked[0].batch())
     metrics: dict[str, Any] = {}
     protocol: dict[str, Any] = {}
     change: dict[str, Any] = {}
@@ -124,7 +129,7 @@ def _evaluate_row(
         if plain:
             change |= bench.named(bench.benchmark.compare(plain[bench.label], given))
     mitigate = [method.record() for method in row.mitigate]
-    decoding = _decoding(benches[0].ask.decoder) if benches else "greedy"
+    decoding = _decoding(asked[0].ask.decoder) if asked else "best class" if benches else "greedy"
     result = {
         "label": row.title,
         "prune": row.prune.record() if row.prune else None,

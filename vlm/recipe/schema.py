@@ -187,7 +187,7 @@ class Stage(Section):
     name: Name
     objective: Method = Method(use="chat")
     mix: Annotated[Mapping[str, Float], Nulls]
-    train: Annotated[Mapping[Literal["vision", "connector", "language"], Training], Nulls]
+    train: Annotated[Mapping[Literal["vision", "connector", "language", "head"], Training], Nulls]
     steps: AtLeastOne | None = None
     samples: AtLeastOne | None = None
     tokens: AtLeastOne | None = None
@@ -206,6 +206,8 @@ class Stage(Section):
             raise problem("has no length; give one of steps, samples, tokens")
         if not self.train:
             raise problem("is empty, so nothing would train; name vision, connector or language", "train")
+        if "head" in self.train and self.train["head"].lora is not None:
+            raise problem("is for parts of the model; the objective's head trains its weights", "train", "head", "lora")
         if not self.mix:
             raise problem("is empty; give at least one source and its weight", "mix")
         for source, weight in self.mix.items():

@@ -25,6 +25,7 @@ _METHODS = (
     "mitigate",
     "data.make",
     "stages.*.objective",
+    "stages.*.objective.head",
     "evaluate.decode",
     "evaluate.compare.*.prune",
     "evaluate.compare.*.kv",

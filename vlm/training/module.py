@@ -66,6 +66,9 @@ class TrainingModule(LightningModule):
         self._methods: tuple[Any, ...] = ()
         self.leave_out = {f"model.{name}" for name in leave_out}
         self.strict_loading = not leave_out  # what is there is checked before Lightning loads it
+        if "head" in stage.train and not any(True for _ in objective.parameters()):
+            found = f"objective {stage.objective.use} has none"
+            raise TrainingError(f"stage {stage.name}: train.head: expected an objective with a head; {found}")
         for role, part in model.parts.items():
             training = stage.train.get(role)  # type: ignore[call-overload]  # a role is one of the keys
             part.requires_grad_(training is not None and training.lora is None)
@@ -111,8 +114,9 @@ class TrainingModule(LightningModule):
     def configure_optimizers(self) -> Any:
         groups = []
         for part, training in self.stage.train.items():
-            parameters = [p for p in self.model.parts[part].parameters() if p.requires_grad]
-            if part == next(iter(self.stage.train)):
+            own = [] if part == "head" else self.model.parts[part].parameters()
+            parameters = [p for p in own if p.requires_grad]
+            if part == ("head" if "head" in self.stage.train else next(iter(self.stage.train))):
                 parameters += list(self.objective.parameters())
             # Norms and biases (one-dimensional) are not decayed.
             for decay, chosen in (

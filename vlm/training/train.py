@@ -169,6 +169,7 @@ def _train_stage(
         note={
             "recipe": {"identity": recipe.identity(), "resolved": recipe.to_yaml(), "hash": recipe.hash()},
             "versions": versions(),
+            "classes": list(sources.tags),  # what the outputs of a classifying objective are
             "data": {name: manifest.hash for name, manifest in sources.manifests.items()},
             **({"base": checkpoints.fingerprint(model, left_out)} if left_out else {}),
         },
