@@ -24,6 +24,7 @@ from vlm.data.errors import DataError
 BLOCK = 1024
 OPEN_SHARDS = 8
 _KEPT = 2  # a window that crosses the end of an epoch asks for both sides in turn
+_KEPT_BLOCKS = 64  # slots that pack get ahead of each other
 
 T = TypeVar("T")
 Shuffle = Literal["full", "shards", "none"]
@@ -82,7 +83,7 @@ class Order:
         """Whose place of the block it is, and how many of that source's places come before it."""
         if len(self.sizes) == 1:
             return 0, place
-        sources, turns = _recent(self._blocks, block, lambda: self._block(block))
+        sources, turns = _recent(self._blocks, block, lambda: self._block(block), _KEPT_BLOCKS)
         return int(sources[place]), int(turns[place])
 
     def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
@@ -155,10 +156,10 @@ def _mix(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
-def _recent(kept: dict[int, T], number: int, make: Callable[[], T]) -> T:
-    """`kept[number]`, made if missing; the oldest goes when there are more than `_KEPT`."""
+def _recent(kept: dict[int, T], number: int, make: Callable[[], T], most: int = _KEPT) -> T:
+    """`kept[number]`, made if missing; the oldest goes when there are more than `most`."""
     if number not in kept:
-        while len(kept) >= _KEPT:
+        while len(kept) >= most:
             kept.pop(next(iter(kept)))
         kept[number] = make()
     return kept[number]

@@ -18,7 +18,7 @@ import fsspec
 from vlm.data.address import local_path
 from vlm.data.errors import DataError
 from vlm.data.index import Index, Manifest, Row, load_index
-from vlm.data.schema import Sample, parse_sample
+from vlm.data.schema import Sample, parse_record, parse_sample
 
 _OPEN_FILES = 256
 
@@ -83,6 +83,14 @@ class Store:
             raise DataError(f"sample {row.key}: {where}: expected {end - start} bytes at {start}, found {len(content)}")
         document, *files = (content[offset - start : offset - start + size] for offset, size in pieces)
         return parse_sample(row.key, document, {n: (row.media[n].ext, file) for n, file in enumerate(files)})
+
+    def record(self, number: int) -> Sample:
+        """One sample without its media: its text and what it says of them. Raises as :meth:`read` does."""
+        shard, row = self._locate(number)
+        if row.problem:
+            raise DataError(row.problem)
+        document = self._read_range(shard, row.offset, row.offset + row.size)
+        return parse_record(row.key, document, [medium.size for medium in row.media])
 
     @cached_property
     def _numbers(self) -> dict[str, int]:

@@ -5,6 +5,9 @@
 The global batch has B slots; slot k owns positions k, k+B, k+2B, ... A rank owns B/world slots side by side, and one
 optimizer step of it is a window: the next position of each. Workers prepare whole windows in turn. The state after a
 window travels with its micro-batches, so what was prefetched and never consumed was never counted.
+
+Where samples are packed, a slot's share of a window is a pack instead of a sample: B, the micro-batch and the steps
+count packs, and how far each slot has got depends on what fitted (see `vlm.data.pack`).
 """
 
 from __future__ import annotations
@@ -15,15 +18,17 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import astuple, dataclass, field
+from typing import Any, NamedTuple
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vlm.data.batch import Batch, Example, blank_example
 from vlm.data.draw import Draw
 from vlm.data.errors import DataError
 from vlm.data.order import Order, Shuffle
+from vlm.data.pack import Measure, PackConfig, PackPlan, Planned, Size
 from vlm.data.schema import Sample
 from vlm.data.store import Store
 
@@ -35,7 +40,8 @@ State = dict[str, Any]
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """Sizes of the stream: samples per step of all ranks, per micro-batch of one rank; ranks; workers; steps in all.
+    """Sizes of the stream: samples (or packs) per step of all ranks, per micro-batch of one rank; ranks; workers; steps
+    in all.
 
     Raises:
         DataError: the micro-batch does not divide the global batch, or the world does not divide what remains.
@@ -91,7 +97,8 @@ class MicroBatch:
     """What one forward and backward pass takes.
 
     `window_weight` sums the loss weights of this rank's whole window (all micro-batches of one optimizer step), `state`
-    is that of this rank's slots after the window, `skipped` the (key, reason) of samples replaced by blanks.
+    is that of this rank's slots after the window, `skipped` the (key, reason) of samples replaced by blanks. `slots`
+    says of each id whose it is; in a pack several samples are of one slot.
     """
 
     batch: Batch
@@ -108,6 +115,13 @@ Prepare = Callable[[Sample, Draw], Example]
 Collate = Callable[[list[Example]], Batch]
 
 
+class Packing(NamedTuple):
+    """That samples are packed: how, and what tells a sample's size (picklable)."""
+
+    config: PackConfig
+    measure: Measure
+
+
 class SampleStream:
     """Iterates over the micro-batches that remain, from `start_step` and `state` to the end of the run.
 
@@ -118,6 +132,7 @@ class SampleStream:
         state: what `merge_states` made of all ranks' states; None starts at the beginning.
         start_step: the number of the first window, as counted in `MicroBatch.step`.
         pad_id: the token of a blank example.
+        packing: packs instead of samples.
 
     Raises:
         DataError: a state of another global batch, order or data; too many bad samples (while iterating).
@@ -135,14 +150,15 @@ class SampleStream:
         tolerance: BadSamplePolicy | None = None,
         pad_id: int = 0,
         shuffle: Shuffle = "full",
+        packing: Packing | None = None,
     ):
         self.config, self.start_step = config, start_step
         self.tolerance = tolerance or BadSamplePolicy()
         shard_sizes = [store.manifest.shard_sizes for store in stores]
         order = Order([len(store) for store in stores], weights, config.seed, shuffle, shard_sizes)
-        identity = order_identity(stores, weights, config.seed, shuffle)
-        positions = _start_positions(config, identity, state)
-        self._windows = _Windows(stores, order, config, prepare, collate, identity, positions, start_step, pad_id)
+        identity = order_identity(stores, weights, config.seed, shuffle, packing.config if packing else None)
+        slots = _start_slots(config, identity, state)
+        self._windows = _Windows(stores, order, config, prepare, collate, identity, slots, start_step, pad_id, packing)
 
     def __len__(self) -> int:
         return len(self._windows) * (len(self.config.slots) // self.config.micro_batch)
@@ -168,9 +184,16 @@ class SampleStream:
         )
 
 
-def order_identity(stores: Sequence[Store], weights: Sequence[float], seed: int, shuffle: Shuffle) -> str:
+def order_identity(
+    stores: Sequence[Store],
+    weights: Sequence[float],
+    seed: int,
+    shuffle: Shuffle,
+    pack: PackConfig | None = None,
+) -> str:
     """A short hash of all that the order depends on; states of another order are refused."""
     parts = ([store.manifest.hash for store in stores], list(map(float, weights)), seed, shuffle)
+    parts = (*parts, *([astuple(pack)] if pack else []))
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -180,7 +203,7 @@ def merge_states(states: Sequence[State]) -> State:
     Raises:
         DataError: slots missing, given twice with different positions, or states of different orders.
     """
-    merged: dict[str, dict[str, int]] = {}
+    merged: dict[str, dict[str, Any]] = {}
     for state in states:
         for slot, value in state["slots"].items():
             if merged.setdefault(slot, value) != value:
@@ -194,14 +217,14 @@ def merge_states(states: Sequence[State]) -> State:
 
 def step_ids(parts: Iterable[tuple[Sequence[int], Sequence[str]]]) -> list[str]:
     """The sample ids of one global step in slot order, from the (slots, ids) of all its micro-batches on all ranks."""
-    by_slot = {slot: name for slots, ids in parts for slot, name in zip(slots, ids, strict=True)}
-    return [by_slot[slot] for slot in sorted(by_slot)]
+    pairs = [pair for slots, ids in parts for pair in zip(slots, ids, strict=True)]
+    return [name for _, name in sorted(pairs, key=lambda pair: pair[0])]  # stable: a pack's samples stay in order
 
 
-def _start_positions(config: StreamConfig, identity: str, state: State | None) -> dict[int, int]:
-    """Next position of each slot of this rank."""
+def _start_slots(config: StreamConfig, identity: str, state: State | None) -> dict[int, dict[str, Any]]:
+    """The state of each slot of this rank: its next position, and with packing what waits."""
     if state is None:
-        return {slot: slot for slot in config.slots}
+        return {slot: {"position": slot} for slot in config.slots}
     if state.get("version") != STATE_VERSION:
         raise DataError(f"state: expected version {STATE_VERSION}, found {state.get('version')!r}")
     if len(state["slots"]) != config.global_batch:
@@ -209,10 +232,10 @@ def _start_positions(config: StreamConfig, identity: str, state: State | None) -
         raise DataError(f"state: expected {expected} slots, one per sample of global_batch, found {found}")
     if state["order"] != identity:
         raise DataError(
-            f"state: expected order {identity} (data, weights, seed, shuffle), found {state['order']}:"
+            f"state: expected order {identity} (data, weights, seed, shuffle, packing), found {state['order']}:"
             " it was saved over other data"
         )
-    return {slot: state["slots"][str(slot)]["position"] for slot in config.slots}
+    return {slot: state["slots"][str(slot)] for slot in config.slots}
 
 
 class _Windows(Dataset):
@@ -226,13 +249,17 @@ class _Windows(Dataset):
         prepare: Prepare,
         collate: Collate,
         identity: str,
-        positions: dict[int, int],
+        slots: dict[int, dict[str, Any]],
         start_step: int,
         pad_id: int,
+        packing: Packing | None,
     ):
         self.stores, self.order, self.config = stores, order, config
         self.prepare, self.collate = prepare, collate
-        self.identity, self.positions, self.start_step, self.pad_id = identity, positions, start_step, pad_id
+        self.identity, self.slots, self.start_step, self.pad_id = identity, slots, start_step, pad_id
+        self.packing = packing
+        step = config.global_batch
+        self._plan = PackPlan(packing.config, self._tokens_and_patches, step, slots) if packing else None
 
     def __len__(self) -> int:
         return max(0, self.config.steps - self.start_step)
@@ -247,43 +274,83 @@ class _Windows(Dataset):
 
     def _window(self, window: int) -> list[MicroBatch]:
         size, slots = self.config.micro_batch, list(self.config.slots)
-        micro_batches = [self._micro_batch(window, slots[n : n + size]) for n in range(0, len(slots), size)]
+        planned = self._straight(window) if self._plan is None else self._plan.at(window)
+        parts = [slots[n : n + size] for n in range(0, len(slots), size)]
+        micro_batches = [self._micro_batch(window, part, planned) for part in parts]
         total = sum(float(micro_batch.batch.weights.sum()) for micro_batch in micro_batches)
         for micro_batch in micro_batches:
             micro_batch.window_weight = total
         micro_batches[-1].last_in_window = True
         return micro_batches
 
-    def _micro_batch(self, window: int, slots: list[int]) -> MicroBatch:
+    def _straight(self, window: int) -> Planned:
+        """Without packing every slot takes its next position."""
+        step = self.config.global_batch
+        next_of = {slot: state["position"] + window * step for slot, state in self.slots.items()}
+        after = {str(slot): {"position": position + step} for slot, position in next_of.items()}
+        return Planned({slot: [position] for slot, position in next_of.items()}, after)
+
+    def _micro_batch(self, window: int, slots: list[int], planned: Planned) -> MicroBatch:
         skipped: list[tuple[str, str]] = []
-        examples = [self._example(self._position(slot, window), skipped) for slot in slots]
+        owners = [slot for slot in slots for _ in planned.positions[slot]]
+        examples = [self._example(position, skipped) for slot in slots for position in planned.positions[slot]]
+        batch = self.collate(examples)
+        if self.packing is not None:
+            batch.pack = torch.tensor([slots.index(owner) for owner in owners])
         return MicroBatch(
-            batch=self.collate(examples),
+            batch=batch,
             step=self.start_step + window,
             ids=[example.key for example in examples],
-            slots=slots,
+            slots=owners,
             window_weight=0.0,
             last_in_window=False,
-            state=self._state_after(window),
+            state={"version": STATE_VERSION, "order": self.identity, "slots": planned.state},
             skipped=skipped,
         )
-
-    def _position(self, slot: int, window: int) -> int:
-        return self.positions[slot] + window * self.config.global_batch
-
-    def _state_after(self, window: int) -> State:
-        slots = {str(slot): {"position": self._position(slot, window + 1)} for slot in self.config.slots}
-        return {"version": STATE_VERSION, "order": self.identity, "slots": slots}
 
     def _example(self, position: int, skipped: list[tuple[str, str]]) -> Example:
         place = self.order.at(position)
         store = self.stores[place.source]
         key = store.key(place.number)
         try:
-            return self.prepare(store.read(place.number), Draw(position, place.epoch, self.config.seed))
+            size = self._size(position)
+            example = self.prepare(store.read(place.number), Draw(position, place.epoch, self.config.seed))
         except (DataError, OSError) as error:
             skipped.append((key, str(error)))
             return blank_example(self.pad_id, key, position)
+        if size is not None and len(example.tokens) != size.length:
+            raise DataError(
+                f"sample {key}: pack: expected the {size.length} tokens that its text and the size of its images told,"
+                f" found {len(example.tokens)}; if the images are others than the index says, run `vlm data index`"
+            )
+        return example
+
+    def _size(self, position: int) -> Size | None:
+        """What the sample at a position takes up; None without packing.
+
+        Raises:
+            DataError: it cannot be read, or no pack has room for it.
+            OSError: the place it lies at cannot be read.
+        """
+        if self.packing is None:
+            return None
+        place = self.order.at(position)
+        store = self.stores[place.source]
+        row, sample = store.row(place.number), store.record(place.number)
+        shown = [(medium.width, medium.height) for medium in row.media]
+        if (0, 0) in shown:
+            raise DataError(f"sample {row.key}: image: expected a size, found a file that cannot be read")
+        size = self.packing.measure(sample, shown, Draw(position, place.epoch, self.config.seed))
+        return self.packing.config.check(row.key, size)
+
+    def _tokens_and_patches(self, position: int) -> tuple[int, int]:
+        """The room of the sample at a position: of a blank where it will be one."""
+        try:
+            size = self._size(position)
+        except (DataError, OSError):
+            return 1, 0
+        assert size is not None, "asked with packing only"
+        return size.tokens, size.patches
 
 
 class _SkipWatch:

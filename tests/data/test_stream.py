@@ -195,7 +195,7 @@ def test_states_that_do_not_fit_are_refused(stores):
         stream(stores, state=half)
     with pytest.raises(DataError, match="expected version 1, found 2"):
         stream(stores, state={**whole, "version": 2})
-    with pytest.raises(DataError, match=r"expected order .* \(data, weights, seed, shuffle\), found"):
+    with pytest.raises(DataError, match=r"expected order .* \(data, weights, seed, shuffle, packing\), found"):
         stream(stores[::-1], state=whole)
 
 
