@@ -102,7 +102,11 @@ class Pretrained(Section):
 
 class Model(Section):
     """Vision encoder, connector and language model; or all of them ``from`` one checkpoint, with its own processor and
-    chat template."""
+    chat template.
+
+    weights: what another run of a composed model has learned (its folder, or one checkpoint), which this one begins
+    with.
+    """
 
     origin: Pretrained | None = Field(default=None, alias="from")
     vision: Method | None = None
@@ -111,6 +115,7 @@ class Model(Section):
     image: Image = Image()
     template: Str | None = None
     max_tokens: AtLeastOne | None = None
+    weights: Str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -127,7 +132,8 @@ class Model(Section):
                 other = "a model has vision, connector and language, or is `from` a checkpoint"
                 raise problem(f"is missing; {other}", missing[0])
             return self
-        own = {"template": self.template, "image": None if self.image == Image() else self.image}
+        image = None if self.image == Image() else self.image
+        own = {"template": self.template, "weights": self.weights, "image": image}
         for key, given in (parts | own).items():
             if given is not None:
                 raise problem("stands beside model.from, which brings its own; set it to null or leave it out", key)
@@ -183,6 +189,19 @@ class Schedule(Section):
     final: Ratio = 0.0
 
 
+class Pack(Section):
+    """Samples share sequences of ``tokens`` tokens of the language model, visual ones counted as they are after pruning.
+
+    The batch then counts packs. patches: of the vision encoder, in a pack at most. buffer: how many samples ahead a
+    pack chooses from; age: after how many packs without it a sample goes first.
+    """
+
+    tokens: AtLeastOne
+    patches: AtLeastOne | None = None
+    buffer: AtLeastOne = 64
+    age: AtLeastOne = 16
+
+
 class Stage(Section):
     name: Name
     objective: Method = Method(use="chat")
@@ -193,16 +212,28 @@ class Stage(Section):
     tokens: AtLeastOne | None = None
     global_batch: AtLeastOne | None = None
     drop_image: Ratio = 0.0
+    pack: Pack | None = None
+    repeat: Annotated[Mapping[str, AtLeastOne] | None, Nulls] = None
     schedule: Schedule = Schedule()
     clip: Positive | None = 1.0
     betas: tuple[Beta, Beta] = (0.9, 0.999)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _repeats(cls, data: Any) -> Any:
+        """``repeat: {a: 3, b: 1}`` stands in place of a mix: one round reads a three times and b once."""
+        if not isinstance(data, Mapping) or not isinstance(data.get("repeat"), Mapping):
+            return data
+        if data.get("mix") not in (None, data["repeat"]):
+            raise problem("stands beside mix; give shares (mix) or how often each source is read (repeat)", "repeat")
+        return {**data, "mix": data["repeat"]}
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
         lengths = [key for key in ("steps", "samples", "tokens") if getattr(self, key) is not None]
         if len(lengths) > 1:
             raise problem(f"stands beside {lengths[0]}; give only one of steps, samples, tokens", lengths[1])
-        if not lengths:
+        if not lengths and self.repeat is None:
             raise problem("has no length; give one of steps, samples, tokens")
         if not self.train:
             raise problem("is empty, so nothing would train; name vision, connector or language", "train")
@@ -260,7 +291,8 @@ class Run(Section):
     global_batch: AtLeastOne = 32
     micro_batch: AtLeastOne | None = None
     devices: AtLeastOne = 1
-    parallel: Literal["single", "ddp"] = "single"
+    nodes: AtLeastOne = 1
+    parallel: Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "single"
     precision: Literal["fp32", "bf16"] = "fp32"
     save: Save = Save()
     resume: Annotated[Str, BeforeValidator(_resume)] = "auto"
@@ -268,6 +300,11 @@ class Run(Section):
     trace_samples: Bool = False
     log_every: AtLeastOne = 10
     threads: AtLeastOne | None = None
+
+    @property
+    def world(self) -> int:
+        """Devices of all nodes together."""
+        return self.devices * self.nodes
 
 
 class Recipe(Section):
@@ -310,8 +347,9 @@ class Recipe(Section):
                 if source not in self.data.sources:
                     raise problem(unknown(source, self.data.sources), "stages", index, "mix", source)
             _check_batch(self.run, self.run.global_batch if stage.global_batch is None else stage.global_batch)
-        if self.run.parallel == "single" and self.run.devices > 1:
-            raise problem(f"is single, but run.devices is {self.run.devices}; use ddp", "run", "parallel")
+        if self.run.parallel == "single" and self.run.world > 1:
+            key = "devices" if self.run.devices > 1 else "nodes"
+            raise problem(f"is single, but run.{key} is {self.run.world}; use ddp or fsdp2", "run", "parallel")
         return self
 
     def _check_adapters(self) -> None:
@@ -357,6 +395,8 @@ class Recipe(Section):
         whole = units.natural(self.plain())
         whole["run"] = {key: whole["run"][key] for key in ("global_batch", "precision")}
         del whole["data"]["workers"], whole["name"], whole["evaluate"]
+        if self.model.weights is None:
+            del whole["model"]["weights"]  # as in checkpoints from before there was such a key
         return whole
 
     def hash(self) -> str:
@@ -373,11 +413,12 @@ class Recipe(Section):
 
 
 def _check_batch(run: Run, global_batch: int) -> None:
-    if global_batch % run.devices:
+    if global_batch % run.world:
         legal = ", ".join(map(str, _divisors(global_batch)))
-        message = f"is {run.devices}, which does not divide global_batch {global_batch}; legal: {legal}"
-        raise problem(message, "run", "devices")
-    share = global_batch // run.devices
+        found = f"{run.devices}" if run.nodes == 1 else f"{run.devices} on each of {run.nodes} nodes"
+        message = f"is {found}, which does not divide global_batch {global_batch}; legal in all: {legal}"
+        raise problem(message if run.nodes > 1 else message.replace(" in all", ""), "run", "devices")
+    share = global_batch // run.world
     if run.micro_batch and share % run.micro_batch:
         legal = ", ".join(map(str, _divisors(share)))
         message = f"is {run.micro_batch}, which does not divide global_batch / devices = {share}; legal: {legal}"

@@ -20,6 +20,8 @@ from vlm.recipe.schema import KeepSchedule, Schedule, Stage
 from vlm.training.datamodule import gather
 from vlm.training.errors import TrainingError
 from vlm.training.loss import Loss
+from vlm.training.ranks import total
+from vlm.training.sharding import Sharded, gathered, local
 
 
 class TrainingModule(LightningModule):
@@ -61,6 +63,7 @@ class TrainingModule(LightningModule):
         self.note = note or {}
         self.last: Loss | None = None  # of the micro-batch just done, for callbacks
         self.step, self.window_weight = 0, 0.0
+        self.grad_norm = 0.0  # of the whole gradient of the last step, before clipping
         self.window: list[tuple[Tensor, list[str]]] = []  # loss and sample keys since the last optimizer step
         self._attached = ExitStack()
         self._methods: tuple[Any, ...] = ()
@@ -75,11 +78,21 @@ class TrainingModule(LightningModule):
             for _, parameter in adapters(part):
                 parameter.requires_grad_(training is not None and training.lora is not None)
 
+    def configure_model(self) -> None:
+        """Shard the weights where the strategy does; Lightning calls it when all ranks have met."""
+        if isinstance(self.trainer.strategy, Sharded):
+            self.trainer.strategy.shard(self)
+
+    def forward(self, batch: Any) -> Loss:
+        """The objective's loss of a batch. Everything a step reads is read in here: what shards the module gathers its
+        weights when it is called."""
+        return self.objective(self.model, batch)
+
     def training_step(self, micro: MicroBatch, index: int) -> Tensor:
         accumulate = self.trainer.accumulate_grad_batches
         if index % accumulate == 0:
             self.window_weight = self._total_weight(micro)
-        loss = self.objective(self.model, micro.batch)
+        loss = self(micro.batch)
         self.last = loss
         self.window.append((loss.value.detach(), micro.batch.keys))
         self.step = micro.step
@@ -90,9 +103,9 @@ class TrainingModule(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Stop at a gradient that is not finite, on all ranks at once and before it spoils the weights."""
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        norm = self.grad_norm = float(gathered(torch.nn.utils.get_total_norm(self._gradients())))
         window, self.window = self.window, []
-        if norm.isfinite():
+        if math.isfinite(norm):
             return
         broken = gather([key for loss, keys in window if not loss.isfinite() for key in keys])
         what = "loss" if any(broken) else "gradient"
@@ -104,12 +117,27 @@ class TrainingModule(LightningModule):
             f" samples: {', '.join(keys[:8])}{more}"
         )
 
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.parameters() if p.grad is not None]
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Scale all gradients to the norm ``clip`` at most, by the norm of the whole gradient, which is known already.
+
+        The same number on every rank, so shards may be scaled one by one.
+        """
+        if gradient_clip_val is not None and (share := gradient_clip_val / (self.grad_norm + 1e-6)) < 1:
+            torch._foreach_mul_([local(gradient) for gradient in self._gradients()], share)
+
     def _total_weight(self, micro: MicroBatch) -> float:
         """The weight of the whole global batch, over its micro-batches and all ranks."""
         if self.per == "sample":
             return float(self.global_batch)
-        own = torch.tensor(micro.window_weight, dtype=torch.float64 if self.device.type == "cpu" else torch.float32)
-        return float(self.trainer.strategy.reduce(own.to(self.device), reduce_op="sum"))
+        return total([micro.window_weight])[0]
 
     def configure_optimizers(self) -> Any:
         groups = []

@@ -29,6 +29,8 @@ from vlm.training.callbacks import Save, Trace, Watch, keep_lines_before
 from vlm.training.datamodule import StageData
 from vlm.training.errors import TrainingError
 from vlm.training.module import TrainingModule
+from vlm.training.sharding import working_copy, write_back
+from vlm.training.strategy import SHARDED, strategy
 
 # Lightning advertises and counts devices at every fit; what a user needs to see is in our own progress and audit.
 for _library in ("lightning.pytorch", "lightning.fabric"):
@@ -152,13 +154,14 @@ def _train_stage(
     if resumed is not None and resumed.step >= steps:
         return
     seed_everything(recipe.seed + number, verbose=False)
-    micro = recipe.run.micro_batch or global_batch // recipe.run.devices
-    accumulate = global_batch // recipe.run.devices // micro
+    micro = recipe.run.micro_batch or global_batch // recipe.run.world
+    accumulate = global_batch // recipe.run.world // micro
+    working = working_copy(model) if recipe.run.parallel in SHARDED else model
     objective: Any = create("objective", stage.objective)
     prune, left_out = recipe.prune, checkpoints.untrained(recipe, model)
     module = TrainingModule(
-        model,
-        objective.build(model, sources.tags),
+        working,
+        objective.build(working, sources.tags),
         objective.per,
         stage,
         steps,
@@ -196,6 +199,8 @@ def _train_stage(
     torch.set_num_threads(recipe.run.threads or threads)  # of training: an evaluation takes all there are
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resumed.path if resumed else None, weights_only=True)
+        if working is not model:
+            write_back(working, model)
     finally:
         module.detach()
         torch.set_num_threads(threads)
@@ -222,7 +227,8 @@ def _trainer(
     return Trainer(
         accelerator="auto",
         devices=run.devices,
-        strategy="ddp" if run.parallel == "ddp" else "auto",
+        num_nodes=run.nodes,
+        strategy=strategy(run),
         precision={"fp32": "32-true", "bf16": "bf16-mixed"}[run.precision],  # type: ignore[arg-type]
         max_steps=steps,
         max_epochs=-1,

@@ -40,6 +40,7 @@ CHAT = (
     " train: {vision: {lr: 1e-2}, connector: {lr: 1e-2}, language: {lr: 1e-2}}}]"
 )
 FROZEN = CHAT.replace("vision: {lr: 1e-2}, ", "")
+ALONE = FROZEN.replace("connector: {lr: 1e-2}, ", "")
 TAGS = "stages=[{name: one, objective: tags, mix: {scenes: 1}, steps: 1, clip: null, train: {vision: {lr: 1e-2}}}]"
 TAGS_DROPPED = TAGS.replace("steps: 1", "steps: 1, drop_image: 25%")
 LAYOUTS = [(1, 8), (1, 2), (1, 1), (2, 2), (2, 1)]  # (world, micro-batch) of a global batch of 8
@@ -47,9 +48,12 @@ LAYOUTS = [(1, 8), (1, 2), (1, 1), (2, 2), (2, 1)]  # (world, micro-batch) of a 
 RECORD = """
 import torch
 from vlm.training.module import TrainingModule
+from vlm.training.sharding import gathered
 
 def record(self, optimizer):
-    torch.save({name: p.grad for name, p in self.named_parameters()}, PATH)
+    whole = {name: None if p.grad is None else gathered(p.grad) for name, p in self.named_parameters()}
+    if self.trainer.is_global_zero:
+        torch.save(whole, PATH)
 
 TrainingModule.on_before_optimizer_step = record
 """
@@ -81,10 +85,11 @@ Measure = Callable[..., Gradients]
 def measure(ranks: Any, tmp_path: Path) -> Measure:
     """The gradients that the optimizer of a run's only step finds, by parameter."""
 
-    def call(world: int, micro: int, stages: str, change: str = "") -> Gradients:
+    def call(world: int, micro: int, stages: str, change: str = "", parallel: str = "ddp") -> Gradients:
         path = tmp_path / "gradients.pt"
         path.unlink(missing_ok=True)
-        group = ranks(world, stages, f"run.micro_batch={micro}", "run.resume=never", change=_record(path) + change)
+        how = (f"run.micro_batch={micro}", f"run.parallel={parallel if world > 1 else 'single'}")
+        group = ranks(world, stages, *how, "run.resume=never", change=_record(path) + change)
         assert group.join() == [0] * world, group.output()
         return torch.load(path, weights_only=True)
 
@@ -192,15 +197,16 @@ def test_tags_take_batches_without_an_image_on_any_rank(measure: Measure, recipe
         assert_equal(measure(world, micro, TAGS_DROPPED), expected)
 
 
-@pytest.mark.parametrize("stages", [CHAT, FROZEN], ids=["vision trained", "vision frozen"])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("stages", [CHAT, FROZEN, ALONE], ids=["vision trained", "vision frozen", "language alone"])
 def test_a_rank_that_sees_only_text_neither_hangs_nor_changes_the_gradient(
-    stages: str, measure: Measure, recipe: Path
+    stages: str, parallel: str, measure: Measure, recipe: Path
 ) -> None:
     expected = gradients_by_hand(load_recipe(recipe, [stages]), blind=range(4, 8))
-    if stages == FROZEN:
-        expected = {name: None if name.startswith("model.vision.") else g for name, g in expected.items()}
-    assert_equal(measure(2, 4, stages, BLIND), expected)
-    assert_equal(measure(2, 2, stages, BLIND), expected)
+    frozen = {CHAT: (), FROZEN: ("vision",), ALONE: ("vision", "connector")}[stages]
+    expected = {name: None if name.split(".")[1] in frozen else g for name, g in expected.items()}
+    for micro in (4, 2):
+        assert_equal(measure(2, micro, stages, BLIND, parallel), expected)
 
 
 FASTV = "prune={use: fastv, layer: 1, keep: 25%}"
@@ -365,14 +371,15 @@ ChatLoss.forward = broken
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(("world", "parallel"), [(1, "single"), (2, "ddp"), (2, "fsdp2")])
 def test_a_loss_that_is_not_finite_stops_all_ranks_and_names_the_samples(
-    what: str, world: int, train: Any, ranks: Any, tmp_path: Path
+    what: str, world: int, parallel: str, train: Any, ranks: Any, tmp_path: Path
 ) -> None:
     whole = train(CHAT.replace("steps: 1", "steps: 4"), to="whole")
     keys = json.loads((whole / "samples.jsonl").read_text().splitlines()[2])["ids"]
     change = BROKEN.replace("KEY", repr(keys[6])).replace("WHAT", what)
-    options = (CHAT.replace("steps: 1", "steps: 4"), "run.micro_batch=2", "run.save.every=1")
+    how = ("run.micro_batch=2", "run.save.every=1", f"run.parallel={parallel}")
+    options = (CHAT.replace("steps: 1", "steps: 4"), *how)
     group = ranks(world, *options, change=change)
     assert group.join() == [2] * world, group.output()
     named = keys[6:8] if what == "loss" else keys
