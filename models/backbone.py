@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -168,6 +168,13 @@ def init_linear(module: nn.Module) -> None:
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def relative_offsets(rows: int, cols: int) -> Int[Tensor, "places places"]:
+    """Where in a bias table of (2 rows - 1) x (2 cols - 1) offsets the one of each query and key of a grid lies."""
+    row, col = (x.flatten() for x in torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij"))
+    down, right = row[:, None] - row + rows - 1, col[:, None] - col + cols - 1
+    return down * (2 * cols - 1) + right
 
 
 def load_weights(model: nn.Module, path: str, heads: Sequence[str] = ()) -> None:

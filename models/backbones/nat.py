@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlm.kernels.neighborhood import neighborhood_attention
-from vlm.models.backbone import BackboneEncoder, init_linear
+from vlm.models.backbone import BackboneEncoder, init_linear, relative_offsets
 
 
 class NeighborhoodAttention(nn.Module):
@@ -50,7 +50,7 @@ class GlobalAttention(nn.Module):
         self.heads, self.side = heads, side
         self.rpb = nn.Parameter(torch.zeros(heads, 2 * side - 1, 2 * side - 1))
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.register_buffer("relative_position_index", _offsets(side, side))
+        self.register_buffer("relative_position_index", relative_offsets(side, side))
         trunc_normal_(self.rpb, std=0.02)
 
     def forward(self, x: Float[Tensor, "images rows cols dim"]) -> Float[Tensor, "images rows cols dim"]:
@@ -60,18 +60,10 @@ class GlobalAttention(nn.Module):
         if (rows, cols) != (self.side, self.side):
             size = (2 * rows - 1, 2 * cols - 1)
             table = F.interpolate(table[None], size=size, mode="bicubic", align_corners=False)[0]
-            index = _offsets(rows, cols).to(x.device)
+            index = relative_offsets(rows, cols).to(x.device)
         bias = table.flatten(1)[:, index.flatten()].view(1, self.heads, *index.shape)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
         return self.proj(out.transpose(1, 2).reshape(x.shape))
-
-
-def _offsets(rows: int, cols: int) -> Tensor:
-    """Entry of the flat bias table for each query and key of a grid: [rows * cols, rows * cols]."""
-    row, col = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
-    down = row.flatten()[:, None] - row.flatten() + rows - 1
-    right = col.flatten()[:, None] - col.flatten() + cols - 1
-    return down * (2 * cols - 1) + right
 
 
 class Block(nn.Module):
