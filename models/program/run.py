@@ -62,6 +62,7 @@ class Run:
         self.stream = "main"
         self.inner: dict[int, Float[Tensor, "batch width"]] = {}
         self.grids: list[tuple[int, int]] = []
+        self.first: Float[Tensor, "batch vocab"] | None = None  # logits that the prompt gave, for other contexts
         self._signals: dict[int, dict[Signal, Tensor]] = {0: {}}
         self._asks: dict[int, Int[Tensor, "batch asks"]] = {}
         self._masks: dict[int, Bool[Tensor, "batch 1 rows keys"] | None] = {}

@@ -31,6 +31,7 @@ def open_streams(
     for op in model.engine.prepares if model.engine is not None else []:
         inputs = op.change(model, inputs, stop)
     logits, main = model.prefill(inputs)
+    main.run.first = logits
     opened = {MAIN: (logits, main)}
     for context in dict.fromkeys(context for op in rewrites for context in op.streams):
         changed = context.inputs(model, inputs, main.run)

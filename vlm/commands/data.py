@@ -25,7 +25,7 @@ def add(commands: Any) -> None:
     text = "make, convert, index, check and look at shards; score answers that something else wrote"
     data = commands.add_parser("data", help=text, description=text)
     actions = data.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
-    for add_action in (_add_make, _add_pack, _add_index, _add_check, _add_show, _add_score):
+    for add_action in (_add_make, _add_pack, _add_index, _add_index_captions, _add_check, _add_show, _add_score):
         add_action(actions)
 
 
@@ -118,6 +118,24 @@ def _index(arguments: argparse.Namespace) -> None:
 
     manifest = build_index(arguments.paths)
     print(f"{len(manifest)} samples in {len(manifest.shards)} shards, hash {manifest.hash[:12]}")
+
+
+def _add_index_captions(actions: Any) -> None:
+    text = "index a folder of pictures (each with a .txt of its name), for the mitigator ara"
+    parser = actions.add_parser("index-captions", help=text, description=text)
+    parser.add_argument("recipe", metavar="RECIPE", help="whose trained model sees the pictures")
+    parser.add_argument("folder", metavar="FOLDER", type=Path)
+    parser.add_argument("out", metavar="OUT", type=Path, help="a .safetensors file")
+    add_overrides(parser, "change the recipe")
+    parser.set_defaults(call=_index_captions)
+
+
+def _index_captions(arguments: argparse.Namespace) -> None:
+    recipe = load(arguments)
+    from vlm.captions import index_captions
+
+    count = index_captions(recipe, arguments.folder, arguments.out)
+    print(f"{arguments.out}: {count} captions")
 
 
 def _add_check(actions: Any) -> None:
