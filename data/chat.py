@@ -133,12 +133,19 @@ class ChatEncoder:
             DataError: not even the first exchange fits, a turn the template cannot write, text that spells a special
                 token in a way the tokenizer cannot keep apart, or a bad image.
         """
-        drop = self.drop_image > 0 and draw.rng.random() < self.drop_image
-        tokens, weights, refs = self._fit(sample, with_images=not drop)
+        tokens, weights, refs = self.written(sample, draw)
         images = [self.transform.views(decode_image(sample.media[ref], sample.key, self.limits)) for ref in refs]
         pixels = torch.cat([image.pixels for image in images]) if images else torch.zeros(0, 3, *self.transform.size)
         tiles = tuple(image.tiles for image in images if image.tiles is not None)
         return Example(sample.key, tokens, weights, pixels, sample.tags, draw.position, tiles)
+
+    def written(self, sample: Sample, draw: Draw) -> tuple[list[int], list[float], list[int]]:
+        """What calling it writes, without decoding an image: token ids, loss weights, and the media shown.
+
+        Raises DataError as that does.
+        """
+        drop = self.drop_image > 0 and draw.rng.random() < self.drop_image
+        return self._fit(sample, with_images=not drop)
 
     def prompt(self, messages: Sequence[Message] | Sequence[Part] | str) -> list[int]:
         """Token ids that end where the assistant begins to speak.

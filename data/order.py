@@ -5,6 +5,8 @@ order the same for every number of ranks and workers.
 
 * Mixture: positions are cut into blocks of `BLOCK`. In each block every source has the same share, its weight rounded
   by largest remainder; a permutation of the block says which position is whose.
+  Where sources are repeated instead, a block is a whole round: every source has a place for each of its samples as
+  often as it is repeated, so a round ends with each sample read exactly so many times.
 * Source: its n-th turn overall is turn n mod size of epoch n div size, and each epoch has a permutation of its own.
 
 Permutations sort a hash (splitmix64) of the sample numbers. They stay the same across versions of numpy, whose random
@@ -43,7 +45,8 @@ class Order:
 
     `weights` are relative shares of the positions. `shuffle="full"` permutes a source's samples; "shards" permutes its
     shards and shuffles inside groups of `OPEN_SHARDS` of them, so that remote reads stay sequential (`shard_sizes` says
-    how many samples each shard of each source holds); "none" keeps the order of the shards.
+    how many samples each shard of each source holds); "none" keeps the order of the shards. With `repeat` the weights
+    are whole numbers: how often each source is read in a round of `block` positions.
 
     Raises:
         DataError: no source, an empty source with a weight, a bad weight, or one too small to get a place in a block.
@@ -56,11 +59,18 @@ class Order:
         seed: int,
         shuffle: Shuffle = "full",
         shard_sizes: Sequence[Sequence[int]] | None = None,
+        repeat: bool = False,
     ):
         self.sizes, self.seed, self.shuffle = tuple(sizes), seed, shuffle
         self.shard_sizes = None if shard_sizes is None else [tuple(of_source) for of_source in shard_sizes]
         self._check(weights)
-        self.shares = shares(weights, BLOCK)
+        if repeat:
+            self.shares = [round(times) * size for times, size in zip(weights, sizes, strict=True)]
+            if any(times != round(times) for times in weights):
+                raise DataError(f"repeat: expected whole numbers, found {list(weights)}")
+        else:
+            self.shares = shares(weights, BLOCK)
+        self.block = sum(self.shares)
         for source, share in enumerate(self.shares):
             if weights[source] > 0 and share == 0:
                 least = sum(weights) / BLOCK
@@ -74,7 +84,7 @@ class Order:
         """The sample at a position. O(1) apart from permutations, of which the latest two per source are kept."""
         if position < 0:
             raise DataError(f"position: expected at least 0, found {position}")
-        block, place = divmod(position, BLOCK)
+        block, place = divmod(position, self.block)
         source, turn = self._turn(block, place)
         epoch, offset = divmod(block * self.shares[source] + turn, self.sizes[source])
         return Place(source, int(self._permutation(source, epoch)[offset]), epoch)
@@ -83,13 +93,15 @@ class Order:
         """Whose place of the block it is, and how many of that source's places come before it."""
         if len(self.sizes) == 1:
             return 0, place
-        sources, turns = _recent(self._blocks, block, lambda: self._block(block), _KEPT_BLOCKS)
+        sources, turns = _recent(
+            self._blocks, block, lambda: self._block(block), _KEPT_BLOCKS if self.block == BLOCK else _KEPT
+        )
         return int(sources[place]), int(turns[place])
 
     def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         own = np.repeat(np.arange(len(self.sizes)), self.shares)
-        sources = own[permutation(BLOCK, self.seed, 0, block)]
-        turns = np.empty(BLOCK, np.int64)
+        sources = own[permutation(self.block, self.seed, 0, block)]
+        turns = np.empty(self.block, np.int64)
         for source, share in enumerate(self.shares):
             turns[sources == source] = np.arange(share)
         return sources, turns

@@ -133,6 +133,7 @@ class SampleStream:
         start_step: the number of the first window, as counted in `MicroBatch.step`.
         pad_id: the token of a blank example.
         packing: packs instead of samples.
+        repeat: the weights say how often each source is read in a round; see `vlm.data.order`.
 
     Raises:
         DataError: a state of another global batch, order or data; too many bad samples (while iterating).
@@ -151,12 +152,13 @@ class SampleStream:
         pad_id: int = 0,
         shuffle: Shuffle = "full",
         packing: Packing | None = None,
+        repeat: bool = False,
     ):
         self.config, self.start_step = config, start_step
         self.tolerance = tolerance or BadSamplePolicy()
         shard_sizes = [store.manifest.shard_sizes for store in stores]
-        order = Order([len(store) for store in stores], weights, config.seed, shuffle, shard_sizes)
-        identity = order_identity(stores, weights, config.seed, shuffle, packing.config if packing else None)
+        order = Order([len(store) for store in stores], weights, config.seed, shuffle, shard_sizes, repeat)
+        identity = order_identity(stores, weights, config.seed, shuffle, packing.config if packing else None, repeat)
         slots = _start_slots(config, identity, state)
         self._windows = _Windows(stores, order, config, prepare, collate, identity, slots, start_step, pad_id, packing)
 
@@ -190,10 +192,11 @@ def order_identity(
     seed: int,
     shuffle: Shuffle,
     pack: PackConfig | None = None,
+    repeat: bool = False,
 ) -> str:
     """A short hash of all that the order depends on; states of another order are refused."""
     parts = ([store.manifest.hash for store in stores], list(map(float, weights)), seed, shuffle)
-    parts = (*parts, *([astuple(pack)] if pack else []))
+    parts = (*parts, *([astuple(pack)] if pack else []), *(["repeat"] if repeat else []))
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -219,6 +222,20 @@ def step_ids(parts: Iterable[tuple[Sequence[int], Sequence[str]]]) -> list[str]:
     """The sample ids of one global step in slot order, from the (slots, ids) of all its micro-batches on all ranks."""
     pairs = [pair for slots, ids in parts for pair in zip(slots, ids, strict=True)]
     return [name for _, name in sorted(pairs, key=lambda pair: pair[0])]  # stable: a pack's samples stay in order
+
+
+def sizes_of(
+    stores: Sequence[Store], weights: Sequence[float], seed: int, packing: Packing, count: int, repeat: bool = False
+) -> list[tuple[int, int]]:
+    """Tokens and patches of the first samples in the order, as packing sees them."""
+    order = Order([len(store) for store in stores], weights, seed, repeat=repeat)
+    config = StreamConfig(1, 1, 1, 0, 0, seed, 0)
+    windows = _Windows(stores, order, config, _unused, _unused, "", {}, 0, 0, packing)
+    return [windows.room(position) for position in range(min(count, sum(map(len, stores))))]
+
+
+def _unused(*_: Any) -> Any:
+    raise NotImplementedError  # sizes alone are asked for
 
 
 def _start_slots(config: StreamConfig, identity: str, state: State | None) -> dict[int, dict[str, Any]]:
@@ -259,7 +276,7 @@ class _Windows(Dataset):
         self.identity, self.slots, self.start_step, self.pad_id = identity, slots, start_step, pad_id
         self.packing = packing
         step = config.global_batch
-        self._plan = PackPlan(packing.config, self._tokens_and_patches, step, slots) if packing else None
+        self._plan = PackPlan(packing.config, self.room, step, slots) if packing else None
 
     def __len__(self) -> int:
         return max(0, self.config.steps - self.start_step)
@@ -343,8 +360,8 @@ class _Windows(Dataset):
         size = self.packing.measure(sample, shown, Draw(position, place.epoch, self.config.seed))
         return self.packing.config.check(row.key, size)
 
-    def _tokens_and_patches(self, position: int) -> tuple[int, int]:
-        """The room of the sample at a position: of a blank where it will be one."""
+    def room(self, position: int) -> tuple[int, int]:
+        """Tokens and patches of the sample at a position: of a blank where it will be one."""
         try:
             size = self._size(position)
         except (DataError, OSError):

@@ -17,6 +17,7 @@ class Chat:
     source: ClassVar[str] = "LLaVA (NeurIPS 2023), section 4.2"
     verified: ClassVar[str] = "definition"
     per: ClassVar[str] = "token"
+    packs: ClassVar[bool] = True
 
     def build(self, model: BaseVlm, tags: tuple[str, ...]) -> nn.Module:
         return ChatLoss()

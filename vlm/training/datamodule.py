@@ -16,7 +16,7 @@ from vlm.data.batch import Batch, Example
 from vlm.data.draw import Draw
 from vlm.data.schema import Sample
 from vlm.data.store import Store
-from vlm.data.stream import BadSamplePolicy, MicroBatch, SampleStream, StreamConfig, merge_states
+from vlm.data.stream import BadSamplePolicy, MicroBatch, Packing, SampleStream, StreamConfig, merge_states
 
 
 class StageData(LightningDataModule):
@@ -26,6 +26,7 @@ class StageData(LightningDataModule):
         stores, weights: the sources of the mixture and their weights.
         prepare: makes an example of a sample; ``collate`` a batch of examples.
         layout: keyword arguments of :class:`~vlm.data.stream.StreamConfig` except rank and world.
+        packing, repeat: see :class:`~vlm.data.stream.SampleStream`.
     """
 
     def __init__(
@@ -36,11 +37,14 @@ class StageData(LightningDataModule):
         collate: Callable[[list[Example]], Batch],
         layout: Mapping[str, int],
         tolerance: BadSamplePolicy,
+        packing: Packing | None = None,
+        repeat: bool = False,
     ) -> None:
         super().__init__()
         self.stores, self.weights = stores, weights
         self.prepare, self.collate = prepare, collate
         self.layout, self.tolerance = layout, tolerance
+        self.packing, self.repeat = packing, repeat
         self.step = 0  # steps consumed
         self.slots: dict[str, Any] | None = None
 
@@ -49,7 +53,16 @@ class StageData(LightningDataModule):
         assert trainer is not None
         config = StreamConfig(rank=trainer.global_rank, world=trainer.world_size, **self.layout)
         stream = SampleStream(
-            self.stores, self.weights, config, self.prepare, self.collate, self.slots, self.step, self.tolerance
+            self.stores,
+            self.weights,
+            config,
+            self.prepare,
+            self.collate,
+            self.slots,
+            self.step,
+            self.tolerance,
+            packing=self.packing,
+            repeat=self.repeat,
         )
         return SizedStream(stream, config.steps * trainer.accumulate_grad_batches)
 

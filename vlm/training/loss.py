@@ -38,4 +38,4 @@ def inputs_of(batch: Batch) -> Any:
         return batch.inputs()
     place = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
     valid = place < batch.length[:, None]
-    return Inputs(batch.tokens, valid, batch.images, batch.image_owner, batch.keys, batch.tiles)
+    return Inputs(batch.tokens, valid, batch.images, batch.image_owner, batch.keys, batch.tiles, batch.pack)
