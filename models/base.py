@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -92,7 +93,10 @@ class BaseVlm(nn.Module):
         super().__init__()
         self.engine = None
         self.closing: Callable[[], Sequence[int]] | None = None  # the tokens with which a template ends every prompt
-        self.tokenize: Callable[[str], Sequence[int]] | None = None  # for methods that bring words of their own
+        # For methods that bring words of their own, read the prompt's, or ask a second model.
+        self.tokenize: Callable[[str], Sequence[int]] | None = None
+        self.detokenize: Callable[[Sequence[int]], str] | None = None
+        self.companion: Callable[[BaseVlm, str], BaseVlm] | None = None
 
     @property
     def decoder(self) -> Any:
@@ -137,8 +141,9 @@ class BaseVlm(nn.Module):
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             itemsize=next(self.parameters()).itemsize,
         )
-        known = (self.refuses, self.vision_facts, self.visual_tokens, shape, self.tokenize)
-        return Facts(shape.layers, shape.width, *known)
+        known = (self.refuses, self.vision_facts, self.visual_tokens, shape, self.tokenize, self.detokenize)
+        companion = None if self.companion is None else partial(self.companion, self)
+        return Facts(shape.layers, shape.width, *known, companion)
 
     @property
     def visual_tokens(self) -> int | None:
@@ -162,6 +167,11 @@ class BaseVlm(nn.Module):
     def visual_counts(self, inputs: Any) -> Int[Tensor, " batch"]:
         """Visual tokens of each row before any cut."""
         raise NotImplementedError
+
+    def patch_features(self, inputs: Any) -> tuple[Float[Tensor, "batch visual width"], Bool[Tensor, "batch visual"]]:
+        """What the encoder hands to the connector for each visual token of each row, in order and before any cut,
+        padded on the right; and behind which of them there is a patch. Raises ModelError where that cannot be said."""
+        raise ModelError(f"{type(self).__name__}: expected a connector that works token by token")
 
     def forward(self, inputs: Any, weights: Float[Tensor, "batch length"] | None = None) -> Output:
         """One pass; ``weights[b, t]`` is the loss weight of predicting ``tokens[b, t]``, none by default."""

@@ -85,6 +85,11 @@ class Family:
         """Which tokens of each image stay when ``marks`` are the patches that stay."""
         return list(marks)
 
+    def slots(self, media: Mapping[str, Tensor], shape: Sequence[int]) -> Sequence[Int[Tensor, " tokens"]]:
+        """Which patch each token of each image is, counted over the batch's pictures, -1 for none; ``shape``: pictures
+        and patches of each."""
+        return list(torch.arange(shape[0] * shape[1], device=media["pixel_values"].device).view(*shape))
+
     def whole_image(self, images: Sequence[int]) -> int:
         """Which of a sample's images in the layout shows its first image whole."""
         return images[0]

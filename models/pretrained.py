@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 
 from vlm.models.base import BaseVlm, Overview, pixel_seed
@@ -176,6 +177,25 @@ class PretrainedVlm(BaseVlm):
         if "pixel_values" not in inputs.media:
             return inputs
         return inputs._replace(media=self.family.map_pixels(inputs.media, change))
+
+    def patch_features(
+        self, inputs: PretrainedInputs
+    ) -> tuple[Float[Tensor, "batch visual width"], Bool[Tensor, "batch visual"]]:
+        tower, count = self.family.tower, inputs.visual.sum(1).tolist()
+        if tower is None:
+            return super().patch_features(inputs)
+        if "pixel_values" not in inputs.media:
+            return torch.zeros(len(count), 0, 1, device=inputs.tokens.device), inputs.visual[:, :0]
+        given: list[Tensor] = []
+        hook = tower.projector.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+        try:
+            self.family.pictures(inputs.media)
+        finally:
+            hook.remove()
+        slots = torch.cat(list(self.family.slots(inputs.media, given[0].shape[:2])))  # [tokens], -1 without a patch
+        features = given[0].flatten(0, 1)[slots.clamp_min(0)]
+        rows = [pad_sequence(flat.split(count), batch_first=True) for flat in (features, slots >= 0)]
+        return rows[0], rows[1]
 
     def encode(self, inputs: PretrainedInputs) -> Sequence[Picture]:
         """The images of a batch as visual tokens. Raises ModelError when they do not fill their places exactly."""

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from vlm.models.base import BaseVlm, Overview, pixel_seed
@@ -161,6 +162,20 @@ class VisionLanguageModel(BaseVlm):
         blind = "" if encoder.blocks else f"{type(encoder).__name__} has no attention blocks"
         blind = getattr(encoder, "blind", "") or blind
         return Vision(encoder.depth, len(encoder.blocks), encoder.output, encoder.class_token, encoder.cuts, blind)
+
+    def patch_features(
+        self, inputs: Inputs
+    ) -> tuple[Float[Tensor, "batch visual width"], Bool[Tensor, "batch visual"]]:
+        if not self.connector.token_wise:
+            return super().patch_features(inputs)
+        count = self.visual_counts(inputs)
+        if not len(inputs.images):
+            return inputs.images.new_zeros(len(count), 0, self.vision.dim), inputs.valid[:, :0]
+        table, found = self._tiles(inputs), self.vision(inputs.images)
+        seen = Visual(found.tokens, self.visual_grid, inputs.owner)
+        seen = seen if table is None else table.join(found.tokens, inputs.owner)
+        rows = pad_sequence(seen.features[seen.valid].split(count.tolist()), batch_first=True)  # owners ascend
+        return rows, torch.arange(rows.shape[1], device=count.device) < count[:, None]
 
     def map_pixels(self, inputs: Inputs, change: Callable[[Tensor, int], Tensor]) -> Inputs:
         pictures = [change(pixels, number) for number, pixels in enumerate(inputs.images)]

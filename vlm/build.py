@@ -1,6 +1,6 @@
 """From a recipe to the objects it names: model, tokenizer, encoder of samples, data."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from vlm.companion import companion
 from vlm.create import create
 from vlm.data.batch import collate
 from vlm.data.chat import TEMPLATES, ChatEncoder
@@ -57,6 +58,8 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, meta: bool =
     """
     model = _composed(recipe, tokenizer, meta) if recipe.model.origin is None else _pretrained(recipe, meta)
     model.tokenize = partial(_token_ids, tokenizer)
+    model.detokenize = partial(_text, tokenizer)
+    model.companion = partial(companion, recipe, tokenizer, meta)
     torch.manual_seed(recipe.seed)  # of the adapters, whatever was drawn before
     with torch.device("meta") if meta else nullcontext():
         for role, lora in adapters_of(recipe).items():
@@ -111,6 +114,11 @@ def _cast(parameters: Iterable[torch.nn.Parameter], dtype: torch.dtype) -> None:
 def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """What a method's own words are for the model."""
     return tokenizer.encode(text, add_special_tokens=False)
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """What a model's ids say, without the marks that a template puts around turns."""
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def _language(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, meta: bool) -> Any:

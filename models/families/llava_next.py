@@ -60,6 +60,9 @@ class LlavaNext(Family):
     ) -> Sequence[Bool[Tensor, " tokens"]]:
         return [_with_newlines(marks.flatten(), slots, marks.shape[1]) for slots in self._slots(media)]
 
+    def slots(self, media: Mapping[str, Tensor], shape: Sequence[int]) -> Sequence[Int[Tensor, " tokens"]]:
+        return self._slots(media)
+
     def _tiles(self, media: Mapping[str, Tensor]) -> list[int]:
         """Pictures that the encoder sees of each image, the whole one among them."""
         points, side = self.config.image_grid_pinpoints, self.config.vision_config.image_size

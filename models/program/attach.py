@@ -78,6 +78,7 @@ class Engine:
         self.rewrites = [op for _, op in program if isinstance(op, Rewrite)]
         self.inner = sorted({layers for op in self.rewrites for layers in op.inner})
         self.control = next((op for _, op in program if isinstance(op, Control)), None)
+        self.asked = self.answered = 0  # prompts of the cascade, and those whose first answer stood
         self.cuts: dict[int, Select] = {}
         self.regroups: dict[int, list[Regroup]] = {}
         self.taps: dict[int, list[Tap]] = {}

@@ -1,6 +1,6 @@
 """Decoding: the one loop that generates, with as many streams as the program's logits ops ask for."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from vlm.models.base import BaseVlm
 from vlm.models.errors import ModelError
 from vlm.models.program.control import Decode
-from vlm.models.program.program import Control, Program, Rewrite
+from vlm.models.program.program import Cascade, Control, Program, Rewrite
 from vlm.models.program.run import Run
 from vlm.models.program.search import Pick, Prompts, Search
 from vlm.models.program.streams import Streams, open_streams
@@ -40,18 +40,45 @@ def check_decoder(program: Program, decoder: Decoder | None) -> None:
 
 @torch.inference_mode()
 def generate(
-    model: BaseVlm, inputs: Any, *, max_new_tokens: int, stop: int, decoder: Decoder | None = None
+    model: BaseVlm,
+    inputs: Any,
+    *,
+    max_new_tokens: int,
+    stop: int,
+    decoder: Decoder | None = None,
+    subset: Callable[[Sequence[int]], Any] | None = None,
 ) -> list[list[int]]:
     """Continue each prompt until ``stop`` or ``max_new_tokens`` tokens; ``stop`` itself is not returned.
 
     Runs under the program that is attached to ``model``. Every stream has its own cache; all get the tokens
-    chosen from the rewritten logits. Without a ``decoder``, decoding is greedy.
+    chosen from the rewritten logits. Without a ``decoder``, decoding is greedy. subset: the inputs of some of the
+    prompts, by their numbers in order; a program that lets another model answer some of a batch needs it.
 
     Raises ModelError when the program's decode controller does not go with the decoder.
     """
     engine = model.engine
     if engine is not None:
         check_decoder(engine.program, decoder)
+    cascade = None if engine is None else next((op for _, op in engine.program if isinstance(op, Cascade)), None)
+    if engine is None or cascade is None:
+        return _generate(model, inputs, max_new_tokens, stop, decoder)
+    answers, stands = cascade.answer(inputs, max_new_tokens, stop)
+    left = (~stands).nonzero()[:, 0]  # rows that are still to be answered
+    engine.asked, engine.answered = engine.asked + len(answers), engine.answered + len(answers) - len(left)
+    if not len(left):
+        return answers
+    if len(left) < len(answers):
+        if subset is None:
+            raise ModelError("decode: a first answer stood for some of the prompts; expected subset, found none")
+        inputs = subset(left.tolist())
+    cascade.pass_on(inputs, left)
+    for row, answer in zip(left.tolist(), _generate(model, inputs, max_new_tokens, stop, decoder), strict=True):
+        answers[row] = answer
+    return answers
+
+
+def _generate(model: BaseVlm, inputs: Any, max_new_tokens: int, stop: int, decoder: Decoder | None) -> list[list[int]]:
+    engine = model.engine
     logits, opened = open_streams(model, inputs, stop)
     streams = Streams(model, logits, opened)
     run = streams.main.run

@@ -3,7 +3,6 @@
 Source: "A Stitch in Time Saves Nine: Small VLM is a Precise Guidance for Accelerating Large VLMs" (SGL, CVPR 2025).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,11 +13,12 @@ from torch import Tensor
 from vlm.models.errors import ModelError
 from vlm.models.program.attach import attach
 from vlm.models.program.budget import Budget
+from vlm.models.program.decode import generate
 from vlm.models.program.layout import compact
 from vlm.models.program.observe import observe
-from vlm.models.program.program import LLM_IN, cut
+from vlm.models.program.program import DECODE, LLM_IN, Answered, Cascade, Program, cut
 from vlm.models.program.select import top_by
-from vlm.models.program.signals import Attention, Given
+from vlm.models.program.signals import Attention, Facts, Given
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,27 +26,54 @@ class Guide:
     """Who guides: ``self``, the pruned model in a pass without the program, or a second model (a
     :class:`~vlm.models.base.BaseVlm`) that takes the same inputs and makes as many visual tokens of them.
 
-    A recipe can only say ``self``: a second model needs prompts and pixels of its own processor, so it is given in
-    Python, ``Guide(load_pretrained(folder))``, beside a model of the same family.
+    In a recipe ``self``, or the hub name or folder of the second model, which is loaded when the program is made. In
+    Python a model can be given as it is: ``Guide(load_pretrained(folder))``.
     """
 
     model: Any = None
+    name: str = ""
 
     @classmethod
     def parse(cls, value: Any) -> "Guide":
-        """Read a recipe value. Raises ValueError for anything but ``self``."""
+        """Read a recipe value. Raises ValueError for what is no text."""
         if isinstance(value, Guide):
             return value
-        if value != "self":
-            raise ValueError(f"expected self (a second model can be given in Python only); found {value!r}")
-        return SELF
+        if not isinstance(value, str) or not value:
+            raise ValueError(f"expected self, or the hub name or folder of a small model; found {value!r}")
+        return SELF if value == "self" else cls(name=value)
 
     def __str__(self) -> str:
-        return "self" if self.model is None else type(self.model).__name__
+        return self.name or ("self" if self.model is None else type(self.model).__name__)
+
+    def of(self, facts: Facts, who: str) -> "Guide":
+        """The guide with its model, for a model of these facts.
+
+        Raises ModelError when it cannot be loaded, or makes other visual tokens of an image.
+        """
+        guide = self
+        if self.name and self.model is None:
+            if facts.companion is None:
+                raise ModelError(f"{who}: guide: expected a model that was built from a recipe, to load {self.name!r}")
+            guide = Guide(facts.companion(self.name), self.name)
+        if guide.model is not None:
+            expected, found = facts.visual, guide.model.facts.visual
+            if expected is not None and found is not None and expected != found:
+                raise ModelError(
+                    f"{who}: guide {guide}: expected the model's {expected} visual tokens of an image; found {found}"
+                )
+        return guide
+
+    def beside(self, model: Any, inputs: Any) -> Any:
+        """The model that guides ``model`` in a pass over ``inputs``, on their device."""
+        if self.model is None:
+            return model
+        if next(self.model.parameters()).device != inputs.tokens.device:
+            self.model.to(inputs.tokens.device)
+        return self.model
 
 
 SELF = Guide()
-_FEW = Budget(ratio=0.05)
+FEW = Budget(ratio=0.05)  # for the consistency of an answer, as in the paper
 
 
 class _Mass:
@@ -114,7 +141,7 @@ def importance_signal(guide: Guide, **options: Any) -> Given:
     """:func:`visual_importance` by a guide, as a signal of the model that it guides."""
 
     def scores(model: Any, inputs: Any, weights: Tensor | None) -> Float[Tensor, "batch visual"]:
-        return visual_importance(model if guide.model is None else guide.model, inputs, weights, **options)
+        return visual_importance(guide.beside(model, inputs), inputs, weights, **options)
 
     return Given(scores=scores, observes=guide.model is None)
 
@@ -138,28 +165,76 @@ class Draft(NamedTuple):
 def draft(
     model: Any,
     inputs: Any,
-    generate: Callable[..., list[list[int]]],
     *,
     threshold: float,
     max_new_tokens: int,
     stop: int,
-    keep: Budget = _FEW,
+    keep: Budget = FEW,
+    last_visual: bool = False,
 ) -> Draft:
-    """Answer with a small model and judge the answers (SGL's early exit); a recipe does not reach it.
+    """Answer with a small model and judge the answers (SGL's early exit).
 
-    generate: :func:`vlm.models.program.decode.generate`. keep: visual tokens left for the consistency, the most
-    important ones, before the language model. An answer without a token never exits. Probabilities are those of the
-    answer's tokens, not of the token that ends it. Source: SGL (CVPR 2025), section 3.3.
+    keep: visual tokens left for the consistency, the most important ones, before the language model. last_visual: as
+    for :func:`visual_importance`. An answer without a token never exits. Probabilities are those of the answer's
+    tokens, not of the token that ends it. Source: SGL (CVPR 2025), section 3.3.
     """
     answers = generate(model, inputs, max_new_tokens=max_new_tokens, stop=stop)
     length = torch.tensor([len(answer) for answer in answers], device=inputs.tokens.device)
-    importance = visual_importance(model, inputs, generated=int(length.max()), stop=stop)
+    importance = visual_importance(model, inputs, generated=int(length.max()), stop=stop, last_visual=last_visual)
     confidence = (log_likelihood(model, inputs, answers) / length.clamp_min(1)).exp()
     given = Given(scores=lambda model, inputs, weights: importance)
     with attach(model, cut(model.facts, LLM_IN, keep, top_by(given), "keep")):
         consistency = log_likelihood(model, inputs, answers).exp()
     exits = ((confidence + consistency) / 2 > threshold) & (length > 0)
     return Draft(answers, confidence, consistency, exits, importance)
+
+
+class FirstAnswers:
+    """The early exit as an op: the guide answers first, and its attention while it did is not asked for again where the
+    model has to answer after all.
+
+    options: those of :func:`visual_importance`, for passes that answer nothing (training, contexts, measurements).
+    """
+
+    def __init__(self, guide: Guide, threshold: float, keep: Budget, *, last_visual: bool, **options: Any) -> None:
+        self.guide, self.threshold, self.keep = guide, threshold, keep
+        self.last_visual, self.options = last_visual, options
+        self._drafted: Float[Tensor, "batch visual"] | None = None
+        self._passed: tuple[Any, Float[Tensor, "left visual"]] | None = None
+
+    @property
+    def signal(self) -> Given:
+        return Given(scores=self._scores)
+
+    @property
+    def program(self) -> Program:
+        return ((DECODE, Cascade(self._answer, self._pass_on)),)
+
+    def _answer(self, inputs: Any, max_new_tokens: int, stop: int) -> Answered:
+        found = draft(
+            self.guide.beside(None, inputs),
+            inputs,
+            threshold=self.threshold,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            keep=self.keep,
+            last_visual=self.last_visual,
+        )
+        self._drafted = found.importance
+        return Answered(found.answers, found.exits)
+
+    def _pass_on(self, inputs: Any, rows: Int[Tensor, " left"]) -> None:
+        assert self._drafted is not None  # an answer came before
+        importance, self._drafted = self._drafted[rows], None
+        most = int(self.guide.model.visual_counts(inputs).max())
+        self._passed = (inputs, importance[:, :most])
+
+    def _scores(self, model: Any, inputs: Any, weights: Tensor | None) -> Float[Tensor, "batch visual"]:
+        passed, self._passed = self._passed, None
+        if passed is not None and passed[0] is inputs:
+            return passed[1]
+        guide = self.guide.beside(model, inputs)
+        return visual_importance(guide, inputs, weights, last_visual=self.last_visual, **self.options)
 
 
 @torch.inference_mode()

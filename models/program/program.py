@@ -222,6 +222,25 @@ class Control:
     needs: tuple[Signal, ...] = ()
 
 
+class Answered(NamedTuple):
+    """Answers to the prompts of a batch, and which of them stand: nobody else need be asked."""
+
+    answers: list[list[int]]
+    stands: Bool[Tensor, " batch"]
+
+
+@dataclass(frozen=True)
+class Cascade:
+    """Op at ``decode``: somebody who is asked before the model, which then runs only where the answer does not stand.
+
+    answer(inputs, max_new_tokens, stop) is asked once for each batch. pass_on(inputs, rows) is told the inputs that the
+    model gets next, which are so many of those rows.
+    """
+
+    answer: Callable[[Any, int, int], Answered]
+    pass_on: Callable[[Any, Int[Tensor, " left"]], None]
+
+
 @dataclass(frozen=True)
 class Tap:
     """Op at ``attn[l]``: read a signal and change nothing; ``receive(value, layout of the keys)`` at every pass."""
@@ -244,7 +263,7 @@ class Prepare:
     observes: bool = False
 
 
-Op = Prepare | Select | Regroup | Rewrite | Control | Tap | Evict | EvictStep | ReadStep
+Op = Prepare | Select | Regroup | Rewrite | Control | Cascade | Tap | Evict | EvictStep | ReadStep
 Program = tuple[tuple[Site, Op], ...]
 
 
@@ -281,7 +300,7 @@ def needs_of(op: Op, layers: int) -> tuple[Signal, ...]:
         return op.selector.needs
     if isinstance(op, Tap):
         return (op.signal,)
-    if isinstance(op, EvictStep | Prepare):
+    if isinstance(op, EvictStep | Prepare | Cascade):
         return ()
     if isinstance(op, Regroup | Rewrite | Control):
         return op.needs
@@ -338,6 +357,8 @@ def _check_together(program: Program) -> None:
 
 def _check_decode(program: Program) -> None:
     kinds = [type(op) for _, op in program]
+    if kinds.count(Cascade) > 1:
+        raise ModelError("decode: two models that are each asked first; use one of the two")
     if kinds.count(Control) > 1:
         raise ModelError("decode: two decode controllers at once, each of which would undo what the other chose")
     if Control in kinds and {Evict, EvictStep, ReadStep} & set(kinds):

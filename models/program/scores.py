@@ -179,8 +179,17 @@ def text_relevance(
     The sign is the paper's: CLIP's patches are inverted. Minimum and maximum are the segment's own (the official
     code takes them over the batch). Source: CDPruner (NeurIPS 2025), section 3.2 and official code.
     """
+    return unit_range(-text_likeness(image, text, text_valid), valid, floor=1e-6)
+
+
+def text_likeness(
+    image: Float[Tensor, "segments tokens width"],
+    text: Float[Tensor, "segments texts width"],
+    text_valid: Bool[Tensor, "segments texts"],
+) -> Float[Tensor, "segments tokens"]:
+    """Mean cosine of each patch with the texts of its segment."""
     every = cosine(image, text).masked_fill(~text_valid[:, None], 0)
-    return unit_range(-every.sum(2) / text_valid.sum(1, keepdim=True).clamp_min(1), valid, floor=1e-6)
+    return every.sum(2) / text_valid.sum(1, keepdim=True).clamp_min(1)
 
 
 def language_relevance(

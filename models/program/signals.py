@@ -454,7 +454,8 @@ class Facts(NamedTuple):
     layers, width: of the language model. refuses: what a program may not do to it and why, by the name of a site
     (``"vit.out"``), of an op (``"Regroup"``) or of a position policy (``"reindex"``). vision: None where Transformers
     encodes and projects in one step. visual: visual tokens of an image, None where that depends on the image. shape:
-    what cost depends on. tokenize: the token ids of a text, where the tokenizer is known.
+    what cost depends on. tokenize: the token ids of a text, decode: the text of token ids, where the tokenizer is
+    known. companion: another model that takes the same batches, by its hub name or folder, where it can be loaded.
     """
 
     layers: int
@@ -464,6 +465,8 @@ class Facts(NamedTuple):
     visual: int | None = None
     shape: DecoderShape | None = None
     tokenize: Callable[[str], Sequence[int]] | None = None
+    decode: Callable[[Sequence[int]], str] | None = None
+    companion: Callable[[str], Any] | None = None
 
 
 def encoder_of(facts: Facts, who: str) -> Vision:

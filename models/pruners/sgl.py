@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from vlm.models.errors import ModelError
 from vlm.models.program.budget import Budget
-from vlm.models.program.guide import SELF, Guide, importance_signal
+from vlm.models.program.guide import FEW, SELF, FirstAnswers, Guide, importance_signal
 from vlm.models.program.program import Position, Program, cut, llm_before
 from vlm.models.program.select import top_by
 from vlm.models.program.signals import Facts
@@ -14,20 +15,24 @@ from vlm.models.program.signals import Facts
 class Sgl:
     """The visual tokens that a guide's whole attention finds important, over all of its layers, heads and text rows.
 
-    The guide is a small model of the same family in the paper, given in Python; in a recipe it is the model itself
-    (``guide: self``), in a first pass without the cut: it then costs more than it saves, and shows how far the ranking
-    can carry. Seconds of a report count that pass; FLOPs, which leave scoring out, do not. See
-    :class:`~vlm.models.program.guide.Guide`.
+    guide: the hub name or folder of a small model that takes the model's own batches: of the same family with equal
+    tokenizer and image processor, or, beside a composed model, what ``vlm export`` wrote of one with the same
+    tokenizer, views and grid. By default the model itself (``self``), in a first pass without the cut: that costs more
+    than it saves, and shows how far the ranking can carry. Seconds of a report count the guide; FLOPs, which leave
+    scoring out, do not. See :class:`~vlm.models.program.guide.Guide`.
 
     layer: the cut is at the input of this decoder layer, by default at 0.4 of the depth. generated: so many tokens of
     the guide's answer have a say too, up to the token ``stop`` (the paper takes the whole answer; 0 the question only,
     as training must). last_visual: the last visual token's row counts as text, as in the released code.
 
-    The paper's early exit, where the guide's answer does, is :func:`~vlm.models.program.guide.draft`, in Python.
+    exit: the early exit. In generation the guide answers first, greedily, and its answer stands where the mean of its
+    confidence and its consistency is above this; the model, with whatever else acts on it, runs for the others only,
+    and there the guide's whole answer has a say. few: visual tokens left to the guide for the consistency. The paper
+    sweeps the threshold; the released code logs the two numbers and never exits.
     """
 
-    source: ClassVar[str] = "SGL (CVPR 2025), section 3.2; official code"
-    verified: ClassVar[str] = "code; guide self: reconstruction"
+    source: ClassVar[str] = "SGL (CVPR 2025), sections 3.2 and 3.3; official code"
+    verified: ClassVar[str] = "code; exit: paper; guide self: reconstruction"
 
     keep: Budget
     layer: int | None = None
@@ -36,8 +41,18 @@ class Sgl:
     stop: int = -1
     last_visual: bool = False
     position: Position = "keep"
+    exit: float | None = None
+    few: Budget = FEW
 
     def program(self, facts: Facts) -> Program:
         layer = max(1, int(facts.layers * 0.4)) if self.layer is None else self.layer
-        signal = importance_signal(self.guide, generated=self.generated, stop=self.stop, last_visual=self.last_visual)
-        return cut(facts, llm_before(layer), self.keep, top_by(signal), self.position)
+        guide = self.guide.of(facts, "sgl")
+        if self.exit is None:
+            signal = importance_signal(guide, generated=self.generated, stop=self.stop, last_visual=self.last_visual)
+            return cut(facts, llm_before(layer), self.keep, top_by(signal), self.position)
+        if guide.model is None:
+            raise ModelError("sgl: exit: expected a guide that answers first, a small model; found guide: self")
+        first = FirstAnswers(
+            guide, self.exit, self.few, last_visual=self.last_visual, generated=self.generated, stop=self.stop
+        )
+        return (*cut(facts, llm_before(layer), self.keep, top_by(first.signal), self.position), *first.program)

@@ -125,8 +125,14 @@ class Asker:
 
     def generate(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """The tokens that answer each prompt of one batch, which have one limit."""
-        limit = prompts[0].max_new_tokens
-        found = generate(self.model, self.inputs(prompts), max_new_tokens=limit, stop=self.stop, decoder=self.decoder)
+        found = generate(
+            self.model,
+            self.inputs(prompts),
+            max_new_tokens=prompts[0].max_new_tokens,
+            stop=self.stop,
+            decoder=self.decoder,
+            subset=lambda rows: self.inputs([prompts[row] for row in rows]),
+        )
         others = self.encoder.stops[1:] if isinstance(self.encoder, ProcessorEncoder) else ()
         return [_until(tokens, others) for tokens in found]
 

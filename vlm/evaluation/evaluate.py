@@ -117,6 +117,8 @@ def _evaluate_row(
     begun = time.perf_counter()
     answers = {bench.label: bench.answer(tick) for bench in benches}
     cost: dict[str, Any] = {"seconds": time.perf_counter() - begun}
+    if model.engine is not None and model.engine.asked:  # a guide was asked first; the model ran for the others only
+        cost["early_exit_share"] = model.engine.answered / model.engine.asked
     if asked := [bench for bench in benches if not bench.by_head]:
         cost |= prompt_cost(model, asked[0].batch())
     metrics: dict[str, Any] = {}

@@ -139,21 +139,88 @@ def test_gradients_do_not_go_through_the_guide_and_survive_checkpointing(make_mo
 
 def test_a_guide_with_other_tokens_is_refused(make_model, batch):
     model, small, inputs = make_model(), make_model(shuffle=2), batch("tt#ttt")
-    program = Sgl(Budget.parse(9), guide=Guide(small)).program(model.facts)
+    with pytest.raises(ModelError, match="expected the model's 36 visual tokens of an image; found 9"):
+        Sgl(Budget.parse(9), guide=Guide(small)).program(model.facts)
+    # where their number depends on the image, a pass tells
+    program = Sgl(Budget.parse(9), guide=Guide(small)).program(model.facts._replace(visual=None))
     message = r"expected scores of \(rows, visual tokens\) \(1, 36\); found \(1, 9\)"
     with attach(model, program), pytest.raises(ModelError, match=message):
         model(inputs)
 
 
-def test_a_recipe_can_say_self_only():
+def test_a_guide_is_named_and_loaded_by_whoever_built_the_model(make_model):
     assert Guide.parse("self").model is None
-    with pytest.raises(ValueError, match=r"expected self .* found 'small-folder'"):
-        Guide.parse("small-folder")
+    named, small = Guide.parse("a/small-model"), make_model(layers=2)
+    assert str(named) == "a/small-model"
+    asked = []
+    facts = make_model().facts._replace(companion=lambda name: asked.append(name) or small)
+    assert named.of(facts, "sgl").model is small
+    assert asked == ["a/small-model"]
+    with pytest.raises(ModelError, match="built from a recipe, to load 'a/small-model'"):
+        named.of(make_model().facts, "sgl")
+    with pytest.raises(ValueError, match="hub name or folder"):
+        Guide.parse(3)
+
+
+def rows_of(inputs: Any, rows: Any) -> Any:
+    """Some rows of a batch, with their images."""
+    image = [n for row in rows for n in (inputs.owner == row).nonzero()[:, 0].tolist()]
+    owner = [at for at, row in enumerate(rows) for _ in range(int((inputs.owner == row).sum()))]
+    return inputs._replace(
+        tokens=inputs.tokens[rows], valid=inputs.valid[rows], images=inputs.images[image], owner=torch.tensor(owner)
+    )
+
+
+def test_who_is_sure_answers_and_the_model_runs_for_the_others_only(make_model, batch, monkeypatch):
+    model, small, inputs = make_model(), make_model(layers=2), batch("tt#ttt", "t#t#tttt", "t#tt")
+    drafted = draft(small, inputs, threshold=0.0, max_new_tokens=4, stop=99)
+    score = (drafted.confidence + drafted.consistency) / 2
+    between = float(score.sort().values[:2].mean())
+    left = [int(score.argmin())]
+    method = Sgl(Budget.parse("25%"), 2, Guide(small), exit=between)
+    seen, prefill = [], model.prefill
+    monkeypatch.setattr(
+        model, "prefill", lambda inputs, *more: seen.append(len(inputs.tokens)) or prefill(inputs, *more)
+    )
+    with attach(model, method.program(model.facts)):
+        found = generate(model, inputs, max_new_tokens=4, stop=99, subset=lambda rows: rows_of(inputs, rows))
+        assert (model.engine.asked, model.engine.answered) == (3, 2)
+        with pytest.raises(ModelError, match="expected subset, found none"):
+            generate(model, inputs, max_new_tokens=4, stop=99)
+    assert seen == [1]
+    assert [found[row] for row in range(3) if row not in left] == [
+        answer for row, answer in enumerate(drafted.answers) if row not in left
+    ]
+    # the row that is left: the guide's whole answer has a say, and nobody else in the batch does
+    guided = Sgl(Budget.parse("25%"), 2, Guide(small), generated=4, stop=99)
+    with attach(model, guided.program(model.facts)):
+        assert [found[left[0]]] == generate(model, rows_of(inputs, left), max_new_tokens=4, stop=99)
+
+
+@pytest.mark.parametrize(("threshold", "passes", "share"), [(-1.0, 0, 2), (2.0, 1, 0)])
+def test_all_or_none_may_leave_early(make_model, batch, monkeypatch, threshold, passes, share):
+    model, small, inputs = make_model(), make_model(layers=2), batch("tt#ttt", "t#t#tttt")
+    seen, prefill = [], model.prefill
+    monkeypatch.setattr(model, "prefill", lambda *given: seen.append(given) or prefill(*given))
+    with attach(model, Sgl(Budget.parse("25%"), 2, Guide(small), exit=threshold).program(model.facts)):
+        found = generate(model, inputs, max_new_tokens=3, stop=99)
+        assert model.engine.answered == share
+    assert len(seen) == passes
+    by = small if share else model
+    with attach(
+        by, () if share else Sgl(Budget.parse("25%"), 2, Guide(small), generated=3, stop=99).program(model.facts)
+    ):
+        assert found == generate(by, inputs, max_new_tokens=3, stop=99)
+
+
+def test_the_model_itself_cannot_answer_first(make_model):
+    with pytest.raises(ModelError, match="expected a guide that answers first"):
+        Sgl(Budget.parse("25%"), exit=0.5).program(make_model().facts)
 
 
 def test_the_early_exit_s_scores_are_the_dense_ones(make_model, batch, spliced, by_hand):
     model, inputs, stop = make_model(), batch("tt#ttt", "t#t#tttt"), 99
-    found = draft(model, inputs, generate, threshold=0.0, max_new_tokens=4, stop=stop, keep=Budget.parse(3))
+    found = draft(model, inputs, threshold=0.0, max_new_tokens=4, stop=stop, keep=Budget.parse(3))
     assert found.answers == generate(model, inputs, max_new_tokens=4, stop=stop)
     with torch.no_grad():
         for b in range(2):
@@ -172,7 +239,7 @@ def test_the_early_exit_s_scores_are_the_dense_ones(make_model, batch, spliced, 
             assert float(found.consistency[b]) == pytest.approx(float(few.prod()), rel=1e-6)
     mean = (found.confidence + found.consistency) / 2
     between = float(mean.mean())
-    again = draft(model, inputs, generate, threshold=between, max_new_tokens=4, stop=stop, keep=Budget.parse(3))
+    again = draft(model, inputs, threshold=between, max_new_tokens=4, stop=stop, keep=Budget.parse(3))
     assert again.exits.tolist() == (mean > between).tolist()
     assert sorted(again.exits.tolist()) == [False, True]
 
@@ -180,7 +247,7 @@ def test_the_early_exit_s_scores_are_the_dense_ones(make_model, batch, spliced, 
 def test_an_empty_answer_never_exits(make_model, batch):
     model, inputs = make_model(), batch("tt#ttt", "t#t#tttt")
     stop = generate(model, inputs, max_new_tokens=1, stop=99)[0][0]
-    found = draft(model, inputs, generate, threshold=-1.0, max_new_tokens=2, stop=stop)
+    found = draft(model, inputs, threshold=-1.0, max_new_tokens=2, stop=stop)
     assert found.answers[0] == []
     assert found.exits.tolist() == [False, True]
     assert log_likelihood(model, inputs, [[], []]).tolist() == [0, 0]
