@@ -68,8 +68,8 @@ def unread(encoder: Any) -> list[str]:
     dtype = next((p.dtype for p in weights.values()), torch.float32)
     blank = torch.zeros(1, 3, encoder.image.size, encoder.image.size, device="meta", dtype=dtype)
     with torch.enable_grad():
-        features = functional_call(encoder, (weights, buffers), (blank,)).tokens
-    found = torch.autograd.grad(features.sum(), list(weights.values()), allow_unused=True)
+        total = functional_call(encoder, (weights, buffers), (blank,)).tokens.sum()
+    found = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
     return [name for name, gradient in zip(weights, found, strict=True) if gradient is None]
 
 

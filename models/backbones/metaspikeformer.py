@@ -1,6 +1,7 @@
 """Meta-SpikeFormer (Spike-driven Transformer V2): neurons that fire or not between all layers, and no softmax."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -211,15 +212,15 @@ class Network(nn.Module):
     def currents(self, images: Float[Tensor, "n 3 height width"]) -> Iterator[Float[Tensor, "time n dim h w"]]:
         """What enters the next neurons after each stage, at every time step."""
         x = images.expand(self.steps, *images.shape)
-        for down, blocks in (
+        for down, *stage in (
             (self.downsample1_1, self.ConvBlock1_1),
             (self.downsample1_2, self.ConvBlock1_2),
-            (self.downsample2, [*self.ConvBlock2_1, *self.ConvBlock2_2]),
+            (self.downsample2, self.ConvBlock2_1, self.ConvBlock2_2),
             (self.downsample3, self.block3),
             (self.downsample4, self.block4),
         ):
             x = down(x)
-            for block in blocks:
+            for block in chain.from_iterable(stage):
                 x = block(x)
             yield x
 
