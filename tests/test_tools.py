@@ -19,6 +19,29 @@ def test_the_prefill_benchmark_writes_a_row_for_every_pruner_and_budget(tmp_path
     assert sorted(rows[1:]) == sorted(["none", *pruners, *pruners, *pruners])
 
 
+@pytest.mark.slow
+def test_the_backbone_benchmark_sets_each_of_ours_beside_one_of_timm(tmp_path):
+    out = tmp_path / "bench_backbones.md"
+    small = ["--only", "lightnet", "--repeats", "1", "--batch", "1", "--device", "cpu"]
+    subprocess.run([sys.executable, "tools/bench_backbones.py", *small, "--out", out], cwd=ROOT, check=True)
+    rows = [line for line in out.read_text().splitlines() if line.startswith("| lightnet tiny | 224 | 6.0 |")]
+    cells = [cell.strip() for cell in rows[0].strip("|").split("|")]
+    assert len(rows) == 1 and len(cells) == 10
+    assert float(cells[4]) > 1.0 and abs(float(cells[6]) - 6.0) < 1.0  # MiB; a peer of its size
+
+
+@pytest.mark.slow
+def test_memory_is_what_lives_at_once():
+    code = (
+        "import sys, torch; sys.path.insert(0, 'tools'); from bench_backbones import LiveBytes\n"
+        "with LiveBytes() as live:\n"
+        "    a = torch.zeros(1000); b = a + 1; c = b[:500]; del a; d = b * 2; del b; e = d.add_(1)\n"
+        "print(live.most, live.now)\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert found.stdout.split() == ["8000", "8000"]  # two of a thousand numbers; c keeps the storage of b
+
+
 def test_the_kernel_benchmark_compares_every_peer_and_writes_a_table(tmp_path):
     out = tmp_path / "bench_kernels.md"
     small = ["--only", "sigmoid", "--repeats", "1", "--device", "cpu", "--threads", "1", "--out", out]

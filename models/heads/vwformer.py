@@ -1,4 +1,4 @@
-"""VWFormer's segmentation head: varying-window attention over a pyramid: ``models/heads/vwformer.py``."""
+"""VWFormer's segmentation head: varying-window attention over a pyramid: ``{use: vwformer}``."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,8 +7,10 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
+from vlm.models.backbone import BackboneEncoder
 from vlm.models.errors import ModelError
 
 WINDOWS = 8  # windows per side of the stride-8 map
@@ -20,7 +22,7 @@ class Vwformer:
 
     width: channels inside. dropout: of whole channels before the last layer, while training.
 
-    The encoder must hand over four maps, of strides 4, 8, 16 and 32, by a method ``pyramid``.
+    The encoder must be one of our own backbones, whole (``layer: -1``), with maps of strides 4, 8, 16 and 32.
     """
 
     source: ClassVar[str] = "VWFormer (ICLR 2024), sections 3 and 4; official code"
@@ -31,10 +33,38 @@ class Vwformer:
     dropout: float = 0.1
 
     def build(self, encoder: Any, classes: int) -> nn.Module:
-        if not hasattr(encoder, "pyramid"):
-            name = type(encoder).__name__
-            raise ModelError(f"head vwformer: expected an encoder with maps of strides 4, 8, 16 and 32; found {name}")
-        return VaryingWindowHead(encoder.widths, classes, self.width, dropout=self.dropout)
+        return VaryingWindowHead(pyramid_widths(encoder), classes, self.width, dropout=self.dropout)
+
+
+def pyramid_widths(encoder: Any) -> list[int]:
+    """Channels of the four maps. Raises ModelError for an encoder that has others, or not all of them."""
+    expected = "head vwformer: expected an encoder of ours, whole (layer: -1), with maps of strides 4, 8, 16 and 32"
+    if not isinstance(encoder, BackboneEncoder) or encoder.output < encoder.depth - 1:
+        raise ModelError(f"{expected}; found {type(encoder).__name__}")
+    side = encoder.image.size
+    weights = {name: torch.empty_like(p, device="meta") for name, p in encoder.named_parameters()}
+    weights |= {name: torch.empty_like(b, device="meta") for name, b in encoder.named_buffers()}
+    maps = functional_call(_Maps(encoder), {f"encoder.{k}": v for k, v in weights.items()}, _blank(side))
+    strides = [side / one.shape[2] if isinstance(one, Tensor) else 0 for one in maps]
+    if strides != [4, 8, 16, 32]:
+        found = ", ".join(f"{stride:g}" for stride in strides)
+        raise ModelError(f"{expected}; found {type(encoder).__name__} of strides {found}")
+    return [one.shape[1] for one in maps]
+
+
+def _blank(side: int) -> Tensor:
+    return torch.empty(2, 3, side, side, device="meta")
+
+
+class _Maps(nn.Module):
+    """An encoder's maps as what a module returns."""
+
+    def __init__(self, encoder: Any) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images: Float[Tensor, "n 3 h w"]) -> list[Tensor]:
+        return list(self.encoder.model.maps(images))
 
 
 def _conv_bn(inward: int, outward: int, side: int = 1, relu: bool = True) -> nn.Sequential:
@@ -140,7 +170,7 @@ class VaryingWindowHead(nn.Module):
         self.conv_seg = nn.Conv2d(dim, classes, 1)
 
     def forward(self, encoder: Any, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n classes height width"]:
-        return self.decode(encoder.pyramid(images))
+        return self.decode(list(encoder.model.maps(images)))
 
     def decode(self, maps: Sequence[Float[Tensor, "n _ _ _"]]) -> Float[Tensor, "n classes h w"]:
         fused = self.fuse(maps)

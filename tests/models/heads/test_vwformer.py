@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from vlm.models.backbones.dynamic_perceiver import DynamicPerceiver
+from vlm.models.backbones.metaspikeformer import Metaspikeformer
 from vlm.models.errors import ModelError
 from vlm.models.heads.vwformer import VaryingWindowHead, Vwformer, copy_shift, join, windows
 
@@ -49,3 +51,14 @@ def test_maps_that_have_no_windows_are_refused():
         head.decode([torch.randn(1, 8, 96 // s, 128 // s) for s in (4, 8, 16, 32)])
     with pytest.raises(ModelError, match="strides 4, 8, 16 and 32; found Identity"):
         Vwformer().build(nn.Identity(), 5)
+    with pytest.raises(ModelError, match="found Metaspikeformer of strides 2, 4, 8, 16, 16"):
+        Vwformer().build(Metaspikeformer("15m", layer=-1, config={"dims": (8, 8, 8, 8), "depths": (1, 1)}), 5)
+
+
+def test_it_reads_the_maps_of_a_backbone():
+    sizes = {"depths": (1, 1, 1, 1), "widths": (16, 24, 32, 40), "classes": 7}
+    encoder = DynamicPerceiver("reg400m", layer=-1, config=sizes).eval()
+    head = Vwformer(width=64).build(encoder, 5).eval()
+    assert head(encoder, torch.randn(2, 3, 64, 128)).shape == (2, 5, 16, 32)
+    with pytest.raises(ModelError, match="whole"):
+        Vwformer().build(DynamicPerceiver("reg400m", layer=-2, config=sizes), 5)
