@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from vlm.models.errors import ModelError
+from vlm.models.loss import summed_loss
+from vlm.models.pack import check_packs, pack_mask, pack_rows
+from vlm.models.program.artifact import Shelf
 from vlm.models.program.attach import Engine
 from vlm.models.program.layout import Layout, Side, compact
 from vlm.models.program.perturb import pixel_seed as pixel_seed
@@ -30,6 +33,20 @@ class Output(NamedTuple):
     weight: Float[Tensor, ""]
     hidden: Float[Tensor, "batch length width"]
     layout: Layout
+
+
+class Supervised(NamedTuple):
+    """What a pass predicts where it is supervised, row after row and place after place.
+
+    logits: of the token that stands there, float32. target: that token. weight: its loss weight. row, place: where it
+    stands in the batch's ``tokens``.
+    """
+
+    logits: Float[Tensor, "supervised vocab"]
+    target: Int[Tensor, " supervised"]
+    weight: Float[Tensor, " supervised"]
+    row: Int[Tensor, " supervised"]
+    place: Int[Tensor, " supervised"]
 
 
 class Stream(NamedTuple):
@@ -97,6 +114,7 @@ class BaseVlm(nn.Module):
         self.tokenize: Callable[[str], Sequence[int]] | None = None
         self.detokenize: Callable[[Sequence[int]], str] | None = None
         self.companion: Callable[[BaseVlm, str], BaseVlm] | None = None
+        self.shelf: Shelf | None = None
 
     @property
     def decoder(self) -> Any:
@@ -143,7 +161,7 @@ class BaseVlm(nn.Module):
         )
         known = (self.refuses, self.vision_facts, self.visual_tokens, shape, self.tokenize, self.detokenize)
         companion = None if self.companion is None else partial(self.companion, self)
-        return Facts(shape.layers, shape.width, *known, companion)
+        return Facts(shape.layers, shape.width, *known, companion, self.shelf)
 
     @property
     def visual_tokens(self) -> int | None:
@@ -175,14 +193,26 @@ class BaseVlm(nn.Module):
 
     def forward(self, inputs: Any, weights: Float[Tensor, "batch length"] | None = None) -> Output:
         """One pass; ``weights[b, t]`` is the loss weight of predicting ``tokens[b, t]``, none by default."""
+        hidden, layout = self._pass(inputs, weights)
+        loss, weight = self._loss(hidden, layout, inputs.tokens, weights)
+        return Output(loss, weight, hidden, layout)
+
+    def supervised(self, inputs: Any, weights: Float[Tensor, "batch length"]) -> Supervised:
+        """One pass as :meth:`forward` makes it, for objectives that want more of it than the sum of a loss."""
+        hidden, layout = self._pass(inputs, weights)
+        return self._supervised(hidden, layout, inputs.tokens, weights)
+
+    def _pass(self, inputs: Any, weights: Tensor | None) -> tuple[Float[Tensor, "batch spliced width"], Layout]:
+        """Hidden states of a pass over whole sequences, and the layout of what left the decoder."""
         asks = None if weights is None else _asks(weights)
+        pack, inputs = inputs.pack, inputs._replace(pack=None)
         if self.engine is not None:
             self.engine.begin(self, inputs, weights, asks)
         embeds, run = self._enter(inputs, side=None)
         run.asks = asks
-        hidden = self._decode(embeds, run, None)
-        loss, weight = self._loss(hidden, run.last, inputs.tokens, weights)
-        return Output(loss, weight, hidden, run.last)
+        if pack is not None:
+            embeds = self._pack(embeds, run, pack)
+        return self._decode(embeds, run, None), run.last
 
     def prefill(self, inputs: Any, stream: str = "main") -> tuple[Float[Tensor, "batch vocab"], Stream]:
         """Run prompts; returns the logits of the next token and the stream that :meth:`step` continues.
@@ -224,6 +254,18 @@ class BaseVlm(nn.Module):
         """
         raise NotImplementedError
 
+    def _pack(self, embeds: Tensor, run: Run, pack: Int[Tensor, " batch"]) -> Tensor:
+        """The rows of a batch as packs. Raises ModelError for a decoder or a program that cannot take them."""
+        if self.engine is not None and self.engine.tag(run):
+            raise ModelError(
+                "pack: a program that acts inside the language model reads one sample per row; train without pack, or "
+                "prune before it (vit.out, llm.in)"
+            )
+        check_packs(self.decoder)
+        embeds, run.layouts[0] = pack_rows(embeds, run.layouts[0], pack)
+        run.packed = True
+        return embeds
+
     def _decode(self, embeds: Tensor, run: Run, cache: DynamicCache | None) -> Float[Tensor, "batch rows width"]:
         return self.decoder(
             inputs_embeds=embeds,
@@ -241,6 +283,8 @@ class BaseVlm(nn.Module):
     def _mask(self, embeds: Tensor, run: Run, cache: DynamicCache | None) -> Any:
         """What the decoder takes as its attention mask. Always given: without one Transformers reads jumps of
         position ids as packed samples."""
+        if run.packed:
+            return pack_mask(run.layouts[0], self.decoder.config, embeds)
         if 0 in run.held:  # each layer gets its own
             return torch.ones(len(embeds), run.held[0].place.shape[2], dtype=torch.long, device=embeds.device)
         return run.layouts[0].valid.long()
@@ -251,16 +295,35 @@ class BaseVlm(nn.Module):
         zero = hidden.new_zeros((), dtype=torch.float32)
         if weights is None:
             return zero, zero
-        # The place before a supervised token predicts it; only those places go through the head.
-        text = layout.valid & ~layout.visual
-        target = tokens.gather(1, layout.source)[:, 1:]
-        weight = (weights.gather(1, layout.source) * text)[:, 1:].float()
-        chosen = weight > 0
-        if not bool(chosen.any()):
+        chosen, weight, row, place = _supervised_places(layout, weights)
+        if not len(row):
             return self.logits(hidden[:, :1]).float().sum() * 0.0, zero  # keeps every parameter in the graph
-        logits = self.logits(hidden[:, :-1][chosen]).float()  # [supervised, vocab]
-        each = nn.functional.cross_entropy(logits, target[chosen], reduction="none")
-        return (each * weight[chosen]).sum(), weight.sum()
+        config: Any = self.decoder.config
+        head = self.head if all(getattr(config, name, None) in (None, 1.0) for name in _SCALES) else None
+        rows, target = hidden[:, :-1][chosen], tokens[row, place]
+        total = summed_loss(rows, target, weight, self.logits, config.vocab_size, head)
+        return total.float(), weight.sum()
+
+    def _supervised(self, hidden: Tensor, layout: Layout, tokens: Tensor, weights: Tensor) -> Supervised:
+        chosen, weight, row, place = _supervised_places(layout, weights)
+        logits = self.logits(hidden[:, :-1][chosen]).float()
+        return Supervised(logits, tokens[row, place], weight, row, place)
+
+
+# What models do to their logits after the head.
+_SCALES = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+
+
+def _supervised_places(layout: Layout, weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Which places of a sequence but its last predict a supervised token; that token's weight, and its row and place in
+    the batch's ``tokens``. Only those places go through the head."""
+    text = layout.valid & ~layout.visual
+    there = (layout.sample.clamp_min(0), layout.source)
+    weight = (weights[there] * text)[:, 1:].float()
+    weight = weight * (layout.sample[:, 1:] == layout.sample[:, :-1])  # the first of a sample follows another one
+    chosen = weight > 0
+    row, place = (where.expand(layout.source.shape)[:, 1:][chosen] for where in there)
+    return chosen, weight[chosen], row, place
 
 
 def _asks(weights: Float[Tensor, "batch length"]) -> Int[Tensor, "batch asks"]:

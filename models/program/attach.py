@@ -24,7 +24,6 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from vlm.kernels.grouped_mass import grouped_mass_attention
 from vlm.kernels.visibility import Common
 from vlm.models.errors import ModelError
 from vlm.models.program.cache import (
@@ -39,17 +38,22 @@ from vlm.models.program.cache import (
     shorten,
 )
 from vlm.models.program.contexts import MAIN
-from vlm.models.program.cutting import resequence, spread, tokens_of
+from vlm.models.program.cutting import given, resequence, tokens_of
 from vlm.models.program.inner import watch
-from vlm.models.program.layout import Layout, compact
+from vlm.models.program.inside import hook_layers, put_row, regrouped, rescored
+from vlm.models.program.layout import compact
 from vlm.models.program.program import (
     LLM_IN,
     VIT_OUT,
     Control,
+    Edit,
+    Gate,
+    Inside,
     Keys,
     Prepare,
     Program,
     Regroup,
+    Rescore,
     Rewrite,
     Select,
     Tap,
@@ -76,22 +80,23 @@ class Engine:
         layers = len(self.decoder.layers)
         self.prepares = [op for _, op in program if isinstance(op, Prepare)]
         self.rewrites = [op for _, op in program if isinstance(op, Rewrite)]
-        self.inner = sorted({layers for op in self.rewrites for layers in op.inner})
         self.control = next((op for _, op in program if isinstance(op, Control)), None)
+        readers = [*self.rewrites, *([self.control] if self.control else [])]
+        self.inner = sorted({layers for op in readers for layers in op.inner})
         self.asked = self.answered = 0  # prompts of the cascade, and those whose first answer stood
         self.cuts: dict[int, Select] = {}
-        self.regroups: dict[int, list[Regroup]] = {}
-        self.taps: dict[int, list[Tap]] = {}
+        self.regroups = _at(program, Regroup)
+        self.rescores = _at(program, Rescore)
+        self.gates = _at(program, Gate)
+        self.edits = _at(program, Edit)
+        self.acts_in_layers = bool(self.gates or self.edits)
+        self.taps = _at(program, Tap)
         self.evict = next((op for _, op in program if isinstance(op, Evict)), None)
         self.evict_step = next((op for _, op in program if isinstance(op, EvictStep)), None)
         self.read_step = next((op for _, op in program if isinstance(op, ReadStep)), None)
         for site, op in program:
             if isinstance(op, Select) and site != VIT_OUT and not in_encoder(site):
                 self.cuts[0 if site == LLM_IN else site.layer] = op
-            elif isinstance(op, Regroup):
-                self.regroups.setdefault(site.layer, []).append(op)
-            elif isinstance(op, Tap):
-                self.taps.setdefault(site.layer, []).append(op)
         needs = {s for _, op in program for s in needs_of(op, layers) if s.part == "language"}
         self.given = [s for s in sorted(needs, key=repr) if isinstance(s, Given)]
         self.states = _by_layer(s for s in needs if s.of_state)
@@ -100,9 +105,10 @@ class Engine:
         self.asks: Int[Tensor, "batch asks"] | None = None  # of the pass that begins, with the scores given to it
         self.scores: dict[Given, Tensor] = {}
         self.observer: Observer | None = None  # while there is one, the program rests
-        # Whoever acts at generated tokens too; the others need their signals of the prompt only.
-        lasting = [op for _, op in program if isinstance(op, Regroup | Tap | Control)]
-        self.lasting = {s for op in lasting for s in needs_of(op, layers)}
+        # Whoever looks at generated tokens too; the others need their signals of the prompt only, some of them longer.
+        renewed = [op for _, op in program if isinstance(op, Tap | Control)]
+        self.renewed = {s for op in renewed for s in needs_of(op, layers)}
+        self.lasting = self.renewed | {s for _, op in program if isinstance(op, Inside) for s in op.needs}
         vision = getattr(model, "vision", None)
         self.vision = None if vision is None else VisionEngine(vision, program, layers, impl)
 
@@ -120,12 +126,12 @@ class Engine:
     @property
     def sees_attention(self) -> bool:
         observes = any(one.observes for one in (*self.given, *self.prepares))
-        return bool(self.received or self.ahead or self.regroups or self.caches or observes)
+        return bool(self.received or self.ahead or self.regroups or self.rescores or self.caches or observes)
 
     def tag(self, run: Run) -> dict[str, Run]:
         """Keyword arguments that the decoder's forward must carry for ``run``; none if nothing acts inside it."""
-        inside = self.sees_attention or self.inner or self.first_hooked < len(self.decoder.layers)
-        return {RUN: run} if inside else {}
+        hooked = self.first_hooked < len(self.decoder.layers)
+        return {RUN: run} if self.sees_attention or self.inner or self.acts_in_layers or hooked else {}
 
     # before a pass and at llm.in: called by the model
 
@@ -134,6 +140,11 @@ class Engine:
         if self.observer is None:
             if weights is not None and self.prepares:
                 raise ModelError("prompt: this method changes prompts that are to be answered; found a training pass")
+            if weights is not None and (self.rescores or self.acts_in_layers):
+                raise ModelError(
+                    "mitigate: this method acts on the newest row of a text that grows, which training does not have; "
+                    "give it to the rows of evaluate.compare, not to the recipe itself"
+                )
             self.asks = asks
             with torch.no_grad():
                 self.scores = {signal: signal.scores(model, inputs, weights) for signal in self.given}
@@ -144,7 +155,7 @@ class Engine:
             return hidden
         run.asks = self.asks
         for signal, scores in self.scores.items():
-            run.put(signal, spread(signal, scores, run.layouts[0]))
+            run.put(signal, given(signal, scores, run) if signal.axis else scores)
         self.scores = {}
         return self._cut(0, hidden, run) if 0 in self.cuts else hidden
 
@@ -226,18 +237,25 @@ class Engine:
 
     def attend(self, run: Run, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float | None) -> Tensor:
         """Read the signals of this layer and reweigh its attention. ``out`` is plain attention [B,Q,H,D]."""
-        wanted = [s for s in self.received.get(layer, ()) if run.prompt or s in self.lasting]
+        wanted = [s for s in self.received.get(layer, ()) if run.prompt or s in self.renewed]
         if wanted:
             seen = self._attention(run, layer, q, k, v, scale)
             with torch.no_grad():
                 for signal in wanted:
                     run.put(signal, signal.read(seen).detach())
         for op in self.regroups.get(layer, ()):
-            layout = run.layouts[run.stage(layer)]
-            out = self._regroup(op, layer, layout, run, q, k, v, out, self._common(run, layer, q.shape[2], scale))
+            keys, common = self.sight(run, layer), self._common(run, layer, q.shape[2], scale)
+            out = regrouped(op, q, k, v, out, keys, self.impl, common)
+        if layer in self.rescores and run.prompt:
+            (op,) = self.rescores[layer]
+            out = put_row(out, *rescored(op, q, k, v, self.sight(run, layer), scale))
         for tap in self.taps.get(layer, ()) if run.stream == MAIN else ():
             tap.receive(run.get(tap.signal, layer), run.layouts[run.stage(layer)])
         return out
+
+    def sight(self, run: Run, layer: int) -> Keys:
+        """What an op inside the layer sees."""
+        return Keys(run.layouts[run.stage(layer)], lambda signal: run.keys_signal(signal, layer))
 
     def _attention(self, run: Run, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Attention:
         layout, common = run.layouts[run.stage(layer)], self._common(run, layer, q.shape[2], scale)
@@ -251,32 +269,6 @@ class Engine:
         first = run.stage(layer)
         padded = run.mask(first, rows) is not None
         return {"key_valid": run.layouts[first].valid if padded else None, "scale": scale, "validate": False}
-
-    def _regroup(
-        self,
-        op: Regroup,
-        layer: int,
-        layout: Layout,
-        run: Run,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        common: Common,
-    ) -> Tensor:
-        rows, keys = q.shape[2], k.shape[2]
-        after = layout.last(layout.visual)  # [B], -1 for a sample without an image
-        start = max(int(after.masked_fill(after < 0, keys).min()) + 1 - (keys - rows), 0)
-        if start >= rows:
-            return out
-        place = torch.arange(keys - rows + start, keys, device=q.device)
-        chosen = (after[:, None] >= 0) & (place > after[:, None]) & layout.valid[:, place]  # [B, rows - start]
-        groups = op.groups(Keys(layout, lambda signal: run.keys_signal(signal, layer)))
-        new, _ = grouped_mass_attention(
-            q[:, :, start:], k, v, groups, rule=op.rule, row_sel=chosen, impl=self.impl, **common
-        )
-        tail = torch.where(chosen[:, :, None, None], new.transpose(1, 2), out[:, start:])
-        return torch.cat([out[:, :start], tail], 1)
 
     # kv.decode: what a generated token's row reads
 
@@ -361,6 +353,15 @@ class Engine:
 Observer = Callable[[int, Attention], None]
 
 
+def _at(program: Program, kind: type) -> dict[int, list[Any]]:
+    """The ops of a kind by their layer, in order."""
+    found: dict[int, list[Any]] = {}
+    for site, op in program:
+        if isinstance(op, kind):
+            found.setdefault(site.layer, []).append(op)
+    return found
+
+
 def _by_layer(signals: Any) -> dict[int, list[Signal]]:
     found: dict[int, list[Signal]] = {}
     for signal in sorted(signals, key=repr):  # the same order in every process
@@ -414,9 +415,13 @@ def _program_attention(
         attention_mask = None
         if valid is not None:
             attention_mask = valid.repeat_interleave(query.shape[1] // valid.shape[1], 1)[:, :, None]
-    out, _ = sdpa_attention_forward(
-        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-    )
+    if engine is not None and run is not None and layer in engine.rescores and not run.prompt:
+        (op,) = engine.rescores[layer]  # the only row, so nothing plain is due
+        out = rescored(op, query, key, value, engine.sight(run, layer), scaling)[0][:, None]
+    else:
+        out, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
     if engine is not None and run is not None:
         if not run.prompt:
             engine.have_read(run, layer, query, key, valid, index, scaling)
@@ -448,7 +453,7 @@ def attach(model: Any, program: Program, impl: str = "auto") -> Iterator[None]:
     check(program, model.facts)
     language, decoder = model.language, model.decoder
     engine = Engine(model, program, impl)
-    if any(engine.cuts) or engine.sees_attention:
+    if any(engine.cuts) or engine.sees_attention or engine.acts_in_layers:
         _check_decoder(language, decoder)
     hooks = []
     before = language.config._attn_implementation
@@ -456,6 +461,8 @@ def attach(model: Any, program: Program, impl: str = "auto") -> Iterator[None]:
         if engine.vision is not None:
             hooks += engine.vision.hook()
         hooks += watch(decoder, engine.inner, _run_of)
+        acts = (engine.gates, engine.edits, _run_of, engine.sight, lambda: bool(engine.observer))
+        hooks += hook_layers(decoder, *acts)
         for layer in range(engine.first_hooked, len(decoder.layers)):
             hook = lambda module, args, kwargs, layer=layer: engine.enter_layer(layer, args, kwargs)  # noqa: E731
             hooks.append(decoder.layers[layer].register_forward_pre_hook(hook, with_kwargs=True))

@@ -53,6 +53,32 @@ def spread(who: Signal, scores: Float[Tensor, "batch visual"], layout: Layout) -
     return zero.scatter_add(1, place, scores.masked_fill(~valid, 0))
 
 
+def given(who: Signal, scores: Float[Tensor, "batch visual"], run: Run) -> Float[Tensor, "batch keys"]:
+    """Scores of each row's visual tokens before any cut, at the places of those that entered the language model.
+
+    Raises ModelError when they are not as many, or when tokens of images that are no grids went before.
+    """
+    layout = run.layouts[0]
+    if bool((layout.visual.sum(1) == run.total).all()):
+        return spread(who, scores, layout)
+    if not run.grids:
+        raise ModelError(f"{who}: after a cut in the encoder, scores find their tokens in images of one grid each only")
+    if scores.shape != (expected := (len(run.total), int(run.total.max()))):
+        found = tuple(scores.shape)
+        raise ModelError(f"{who}: expected scores of (rows, visual tokens) {expected}; found {found}")
+    start, columns, image = [], [], 0
+    for total in run.total.tolist():
+        before = 0
+        while before < total:  # the images of this row
+            start.append(before)
+            columns.append(run.grids[image][1])
+            before, image = before + run.grids[image][0] * run.grids[image][1], image + 1
+    number = layout.image.clamp_min(0)
+    first, width = (torch.tensor(x or [0], device=number.device)[number] for x in (start, columns))
+    place = (first + layout.row * width + layout.col).masked_fill(~layout.visual, 0)
+    return scores.gather(1, place).masked_fill(~layout.visual, 0)
+
+
 def resequence(
     op: Select, tokens: Tokens, chosen: Tensor, count: Tensor, layout: Layout, place: Tensor, side: Any
 ) -> tuple[Kept, Int[Tensor, "batch kept"], Tensor]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from vlm.models.program.attach import Observer, attach
+from vlm.models.program.attach import Engine, Observer, attach
 from vlm.models.program.program import Tap, attn
 from vlm.models.program.signals import Received
 
@@ -21,7 +21,23 @@ def observe(model: Any, observer: Observer) -> Iterator[None]:
         with attach(model, ((attn(0), nothing),)), observe(model, observer):
             yield
         return
-    engine, vision = model.engine, model.engine.vision
+    with _resting(model.engine, observer):
+        yield
+
+
+@contextmanager
+def resting(model: Any) -> Iterator[None]:
+    """In this block passes are those of the bare model, whatever program is attached."""
+    if model.engine is None:
+        yield
+        return
+    with _resting(model.engine, lambda layer, attention: None):
+        yield
+
+
+@contextmanager
+def _resting(engine: Engine, observer: Observer) -> Iterator[None]:
+    vision, before = engine.vision, engine.observer
     now = None if vision is None else vision.now
     engine.observer, engine.vision = observer, None
     if vision is not None:
@@ -29,6 +45,6 @@ def observe(model: Any, observer: Observer) -> Iterator[None]:
     try:
         yield
     finally:
-        engine.observer, engine.vision = None, vision
+        engine.observer, engine.vision = before, vision
         if vision is not None:
             vision.now = now

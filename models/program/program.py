@@ -65,6 +65,16 @@ def attn(layer: int) -> Site:
     return Site("attn", layer)
 
 
+def heads(layer: int) -> Site:
+    """What each attention head of decoder layer ``layer`` hands to the output projection."""
+    return Site("heads", layer)
+
+
+def resid(layer: int) -> Site:
+    """What the MLP of decoder layer ``layer`` adds to the residual stream."""
+    return Site("resid", layer)
+
+
 Position = Literal["keep", "reindex"]
 
 
@@ -153,21 +163,66 @@ class Select:
 
 
 class Keys(NamedTuple):
-    """What a grouping sees of one attention layer: its keys' layout and the signals it asked for."""
+    """What an op inside a layer sees: the layout of the layer's keys and the signals it asked for, as the prompt gave
+    them; tokens generated since have 0."""
 
     layout: Layout
-    signal: Callable[[Signal], Float[Tensor, "batch keys"]]
+    signal: Callable[[Signal], Tensor]
+
+    @property
+    def question(self) -> Bool[Tensor, "batch keys"]:
+        """The prompt's text after the last image; generated tokens are no part of it. None of a sample without one."""
+        layout = self.layout
+        after = layout.last(layout.visual)[:, None]
+        place = torch.arange(layout.role.shape[1], device=layout.role.device)
+        return layout.valid & (layout.source >= 0) & (after >= 0) & (place > after)
 
 
 @dataclass(frozen=True)
 class Regroup:
     """Op at ``attn[l]``: reweigh groups of keys by ``rule`` in the rows after the last image token.
 
-    ``groups(keys)`` gives each key its group. Cache and cost of other rows are untouched.
+    ``groups(keys)`` gives each key its group, in each head where heads differ. Cache and cost of other rows are
+    untouched. everywhere: all rows instead, those of samples without an image among them.
     """
 
-    groups: Callable[[Keys], Int[Tensor, "batch keys"]]
+    groups: Callable[[Keys], Int[Tensor, "batch keys"] | Int[Tensor, "batch heads keys"]]
     rule: Rule
+    needs: tuple[Signal, ...] = ()
+    everywhere: bool = False
+
+
+@dataclass(frozen=True)
+class Rescore:
+    """Op at ``attn[l]``: change the attention of the newest row: a prompt's last token, then each generated one.
+
+    scores(scores, keys) is asked before the softmax, weights(weights, keys) after it; both see [batch, heads, keys] in
+    single precision or more. A score of -inf hides a key and must stay. Only this row is computed over again, so the
+    cost does not depend on the prompt's length; the cache stays as it is.
+    """
+
+    scores: Callable[[Float[Tensor, "batch heads keys"], Keys], Float[Tensor, "batch heads keys"]] | None = None
+    weights: Callable[[Float[Tensor, "batch heads keys"], Keys], Float[Tensor, "batch heads keys"]] | None = None
+    needs: tuple[Signal, ...] = ()
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Op at ``heads[l]``: multiply the output of each head by ``gains(keys)``, in the rows that :class:`Rescore` means.
+
+    Keys and values of later layers change with it, so gains are to stay the same throughout an answer.
+    """
+
+    gains: Callable[[Keys], Float[Tensor, "batch heads"]]
+    needs: tuple[Signal, ...] = ()
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Op at ``resid[l]``: ``change(x, keys)`` instead of x, what the layer's MLP adds, in every row of the samples that
+    have an image."""
+
+    change: Callable[[Float[Tensor, "batch rows width"], Keys], Float[Tensor, "batch rows width"]]
     needs: tuple[Signal, ...] = ()
 
 
@@ -212,14 +267,17 @@ class Rewrite:
 
 @dataclass(frozen=True)
 class Control:
-    """Op at ``decode``: something that watches the beams of one prompt, scores their continuations and may go back.
+    """Op at ``decode``: something that watches how one prompt is answered, scores continuations and may go back.
 
     begin(decode) makes the controller of one prompt, see :mod:`vlm.models.program.control`. needs: signals that it
-    reads at generated tokens too.
+    reads at generated tokens too; inner: after how many decoder layers it reads the state of the newest one. beams:
+    whether it ranks the beams of a search, or watches one text.
     """
 
     begin: Callable[[Any], Any]
     needs: tuple[Signal, ...] = ()
+    inner: tuple[int, ...] = ()
+    beams: bool = True
 
 
 class Answered(NamedTuple):
@@ -263,7 +321,8 @@ class Prepare:
     observes: bool = False
 
 
-Op = Prepare | Select | Regroup | Rewrite | Control | Cascade | Tap | Evict | EvictStep | ReadStep
+Inside = Regroup | Rescore | Gate | Edit  # ops that change what a decoder layer does with a sequence as it is
+Op = Prepare | Select | Inside | Rewrite | Control | Cascade | Tap | Evict | EvictStep | ReadStep
 Program = tuple[tuple[Site, Op], ...]
 
 
@@ -302,9 +361,12 @@ def needs_of(op: Op, layers: int) -> tuple[Signal, ...]:
         return (op.signal,)
     if isinstance(op, EvictStep | Prepare | Cascade):
         return ()
-    if isinstance(op, Regroup | Rewrite | Control):
+    if isinstance(op, Inside | Rewrite | Control):
         return op.needs
     return tuple(signal for layer in range(layers) for signal in op.needs(layer))
+
+
+_IN_LAYER = ("attn", "heads", "resid")
 
 
 def in_encoder(site: Site) -> bool:
@@ -320,14 +382,14 @@ def check(program: Program, facts: Facts) -> None:
                 raise ModelError(f"{site}: {facts.refuses[what]}")
         for signal in needs_of(op, facts.layers):
             _check_signal(site, signal, facts)
-        if isinstance(op, Rewrite) and (wrong := [n for n in op.inner if not 0 <= n <= facts.layers]):
+        if isinstance(op, Rewrite | Control) and (wrong := [n for n in op.inner if not 0 <= n <= facts.layers]):
             raise ModelError(f"{site}: it reads the state after 0 to {facts.layers} layers; found {wrong[0]}")
     _check_together(program)
     _check_decode(program)
 
 
 def _check_site(site: Site, facts: Facts) -> None:
-    if site.name in ("llm.before", "attn"):
+    if site.name in ("llm.before", *_IN_LAYER):
         first = 1 if site.name == "llm.before" else 0
         if not first <= site.layer < facts.layers:
             raise ModelError(f"{site}: the language model has layers {first}..{facts.layers - 1}; found {site.layer}")
@@ -345,7 +407,14 @@ def _check_together(program: Program) -> None:
         if cuts.count(site) > 1:
             raise ModelError(f"{site}: two cuts at one site; found {', '.join(map(str, cuts))}")
     kinds = {type(op) for _, op in program}
-    if kinds & {Evict, EvictStep, ReadStep} and kinds & {Regroup, Tap}:
+    for site in {site for site, op in program if isinstance(op, Regroup | Rescore)}:
+        found = [type(op).__name__ for at, op in program if at == site and isinstance(op, Regroup | Rescore)]
+        if len(found) > 1:
+            raise ModelError(
+                f"{site}: {len(found)} methods change the attention weights of this layer, and each is defined on the "
+                "model's own; use one of them, or give them different layers"
+            )
+    if kinds & {Evict, EvictStep, ReadStep} and kinds & {Regroup, Rescore, Tap}:
         raise ModelError(
             "kv: each head keeps entries of its own, so attention over groups of tokens cannot be reweighed; "
             "use a cache policy or an attention mitigator, not both"
@@ -392,7 +461,7 @@ def _check_signal(site: Site, signal: Signal, facts: Facts) -> None:
         raise ModelError(f"{site}: it asks for {signal}, but layers are 0..{facts.layers - 1}")
     if site.name.startswith("kv.") or site in (LOGITS, DECODE):
         return
-    if site.name == "attn" or signal.of_state or signal.ahead_of_layer:
+    if site.name in _IN_LAYER or signal.of_state or signal.ahead_of_layer:
         known = signal.layer <= site.layer
     else:
         known = signal.layer < site.layer

@@ -11,7 +11,7 @@ from torch import Tensor
 from vlm.models.errors import ModelError
 from vlm.models.program.cache import Held
 from vlm.models.program.layout import Layout, Side
-from vlm.models.program.signals import Peak, Signal
+from vlm.models.program.signals import Signal
 
 
 class Kept(NamedTuple):
@@ -44,7 +44,7 @@ class Run:
     layers whose cache was shortened. memory: what cache policies remember, by layer (-1: of all layers); tensors in it
     have the batch first. stream: the name of the context. inner: by the number of layers behind it, the last place's
     state in the pass that was last. grids: rows and columns of each image's tokens before any cut, where all images are
-    such grids.
+    such grids. packed: whether the sequences are packs of samples (see :mod:`vlm.models.pack`).
     """
 
     def __init__(self, layout: Layout, side: Side, seed: Int[Tensor, " images"]) -> None:
@@ -53,6 +53,7 @@ class Run:
         self.seed = seed
         self.kept: dict[int, Kept | None] = {}
         self.prompt = True
+        self.packed = False
         self.step = 0
         self.asks: Int[Tensor, "batch asks"] | None = None
         self.total: Int[Tensor, " batch"] = layout.visual.sum(1)
@@ -165,11 +166,13 @@ class Run:
         itself = torch.eye(keys, dtype=torch.bool, device=valid.device)[keys - rows :]
         return ((causal & valid[:, None, :]) | itself)[:, None]  # a padding row sees itself, so no row is empty
 
-    def keys_signal(self, signal: Signal, layer: int) -> Float[Tensor, "batch keys"]:
+    def keys_signal(self, signal: Signal, layer: int) -> Tensor:
         """A signal over the keys of ``layer``; tokens generated since it was read have 0."""
         value = self.get(signal, layer)
-        grown = self.layouts[self.stage(layer)].role.shape[1] - value.shape[1]
-        return torch.nn.functional.pad(value, (0, grown)) if isinstance(signal, Peak) and grown else value
+        grown = self.layouts[self.stage(layer)].role.shape[1] - value.shape[signal.key_axis] if signal.axis else 0
+        if not grown:
+            return value
+        return torch.nn.functional.pad(value, (0, 0) * (value.ndim - 1 - signal.key_axis) + (0, grown))
 
     def segment_seed(self, layout: Layout) -> Int[Tensor, " batch"]:
         """One integer per sample from the pixels of its images, whatever else is in the batch."""

@@ -455,7 +455,8 @@ class Facts(NamedTuple):
     (``"vit.out"``), of an op (``"Regroup"``) or of a position policy (``"reindex"``). vision: None where Transformers
     encodes and projects in one step. visual: visual tokens of an image, None where that depends on the image. shape:
     what cost depends on. tokenize: the token ids of a text, decode: the text of token ids, where the tokenizer is
-    known. companion: another model that takes the same batches, by its hub name or folder, where it can be loaded.
+    known. companion: another model of the same batches, by name or folder, where one can be loaded. shelf: where
+    calibrations lie (:class:`~vlm.models.program.artifact.Shelf`).
     """
 
     layers: int
@@ -467,6 +468,7 @@ class Facts(NamedTuple):
     tokenize: Callable[[str], Sequence[int]] | None = None
     decode: Callable[[Sequence[int]], str] | None = None
     companion: Callable[[str], Any] | None = None
+    shelf: Any = None
 
 
 def encoder_of(facts: Facts, who: str) -> Vision:
@@ -495,6 +497,3 @@ def patch_attention(facts: Facts, who: str, layer: int | None, attention: Litera
     of_class = attention == "class"
     vision = class_token_of(facts, who, "set attention: received") if of_class else encoder_of(facts, who)
     return PatchAttention(vision.block(layer, who), "class" if of_class else "all")
-
-
-Reader = Callable[[Signal], Tensor]

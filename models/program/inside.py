@@ -1,0 +1,183 @@
+"""What happens inside a decoder layer besides cuts: the newest row's attention, gates on heads, edits of the MLP.
+
+Hooks of :func:`hook_layers` stand on a layer (where the pass's run is known) and on its output projection and MLP.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from vlm.kernels.grouped_mass import grouped_mass_attention
+from vlm.kernels.visibility import Common
+from vlm.models.errors import ModelError
+from vlm.models.program.layout import Layout
+from vlm.models.program.program import Edit, Gate, Keys, Regroup, Rescore
+from vlm.models.program.run import Run
+
+Sight = Callable[[Run, int], Keys]  # what an op sees of a layer
+
+
+def newest_row(layout: Layout, rows: int) -> Int[Tensor, " batch"]:
+    """The number, among the last ``rows`` places, of each sample's last token."""
+    return (layout.last(layout.valid) - (layout.role.shape[1] - rows)).clamp_min(0)
+
+
+def row_scores(
+    q: Float[Tensor, "batch heads rows dim"],
+    k: Float[Tensor, "batch kv_heads keys dim"],
+    visible: Bool[Tensor, "batch #rows keys"],
+    scale: float | None = None,
+) -> Float[Tensor, "batch heads rows keys"]:
+    """Scaled scores of a few rows, in single precision or more; -inf where a key is hidden."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    heads, rows = q.shape[1:3]
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    grouped = (q.to(wide) * scale).unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # [B,KV,G*R,D]
+    scores = (grouped @ k.to(wide).transpose(2, 3)).view(len(q), heads, rows, -1)
+    return scores.masked_fill(~visible[:, None], -torch.inf)
+
+
+def mixed(
+    weights: Float[Tensor, "batch heads rows keys"], v: Float[Tensor, "batch kv_heads keys dim"]
+) -> Float[Tensor, "batch heads rows dim"]:
+    """Values mixed by attention weights, in the type of the values."""
+    heads, rows = weights.shape[1:3]
+    grouped = weights.unflatten(1, (v.shape[1], -1)).flatten(2, 3)  # [B,KV,G*R,K]
+    return (grouped @ v.to(weights.dtype)).view(len(v), heads, rows, -1).to(v.dtype)
+
+
+def rescored(
+    op: Rescore,
+    q: Float[Tensor, "batch heads rows dim"],
+    k: Float[Tensor, "batch kv_heads keys dim"],
+    v: Float[Tensor, "batch kv_heads keys dim"],
+    keys: Keys,
+    scale: float | None,
+) -> tuple[Float[Tensor, "batch heads dim"], Int[Tensor, " batch"]]:
+    """The newest row's attention output under ``op``, and which of the call's rows it is."""
+    row = newest_row(keys.layout, q.shape[2])
+    own = q.gather(2, row[:, None, None, None].expand(-1, q.shape[1], 1, q.shape[3]))  # [B,H,1,D]
+    scores = row_scores(own, k, keys.layout.valid[:, None], scale)[:, :, 0]  # [B,H,K]; the last token sees them all
+    if op.scores is not None:
+        scores = op.scores(scores, keys)
+    weights = scores.softmax(-1)
+    if op.weights is not None:
+        weights = op.weights(weights, keys)
+    return mixed(weights[:, :, None], v)[:, :, 0], row
+
+
+def regrouped(
+    op: Regroup,
+    q: Float[Tensor, "batch heads rows dim"],
+    k: Float[Tensor, "batch kv_heads keys dim"],
+    v: Float[Tensor, "batch kv_heads keys dim"],
+    out: Float[Tensor, "batch rows heads dim"],
+    seen: Keys,
+    impl: str,
+    common: Common,
+) -> Float[Tensor, "batch rows heads dim"]:
+    """Plain attention ``out`` with the rows that ``op`` means reweighed; the rows before them cost nothing."""
+    rows, keys, layout = q.shape[2], k.shape[2], seen.layout
+    after = layout.last(layout.visual)  # [B], -1 for a sample without an image
+    first = after.masked_fill(after < 0, keys) + 1
+    if op.everywhere:
+        first = torch.zeros_like(after)
+    start = max(int(first.min()) - (keys - rows), 0)
+    if start >= rows:
+        return out
+    place = torch.arange(keys - rows + start, keys, device=q.device)
+    chosen = (place >= first[:, None]) & layout.valid[:, place]  # [B, rows - start]
+    groups = op.groups(seen)
+    new, _ = grouped_mass_attention(q[:, :, start:], k, v, groups, rule=op.rule, row_sel=chosen, impl=impl, **common)
+    tail = torch.where(chosen[:, :, None, None], new.transpose(1, 2), out[:, start:])
+    return torch.cat([out[:, :start], tail], 1)
+
+
+def put_row(
+    out: Float[Tensor, "batch rows heads dim"], new: Float[Tensor, "batch heads dim"], row: Int[Tensor, " batch"]
+) -> Float[Tensor, "batch rows heads dim"]:
+    """``out`` with another row in each sample."""
+    return out.index_put((torch.arange(len(out), device=out.device), row), new.to(out.dtype))
+
+
+def hook_layers(
+    decoder: Any,
+    gates: Mapping[int, Sequence[Gate]],
+    edits: Mapping[int, Sequence[Edit]],
+    run_of: Callable[[Any], Run],
+    sight: Sight,
+    resting: Callable[[], bool],
+) -> list[RemovableHandle]:
+    """Hooks that make the program's gates and edits, but while it is ``resting``.
+
+    Raises ModelError for a layer that is built otherwise.
+    """
+    handles: list[RemovableHandle] = []
+    for number in sorted({*gates, *edits}):
+        layer = decoder.layers[number]
+        now = _Now(number, run_of, sight, resting)
+        handles.append(layer.register_forward_pre_hook(now.enter, with_kwargs=True))
+        for gate in gates.get(number, ()):
+            handles.append(output_projection(layer).register_forward_pre_hook(now.gating(gate)))
+        for edit in edits.get(number, ()):
+            handles.append(_mlp(layer).register_forward_hook(now.editing(edit)))
+    return handles
+
+
+class _Now:
+    """The run that a layer is in, for the modules inside it, which are not told."""
+
+    def __init__(self, number: int, run_of: Callable[[Any], Run], sight: Sight, resting: Callable[[], bool]) -> None:
+        self.number, self.run_of, self.sight, self.resting = number, run_of, sight, resting
+        self.run: Run | None = None
+
+    def enter(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not self.resting():
+            self.run = self.run_of(kwargs)
+
+    def keys(self) -> Keys:
+        assert self.run is not None
+        return self.sight(self.run, self.number)
+
+    def gating(self, gate: Gate) -> Callable[..., Any]:
+        def hook(projection: nn.Module, args: tuple) -> tuple | None:
+            if self.resting():
+                return None
+            keys = self.keys()
+            x: Tensor = args[0]  # [B,R,H*D]
+            gains = gate.gains(keys).to(x.dtype)  # [B,H]
+            gains = gains.repeat_interleave(x.shape[2] // gains.shape[1], 1)  # [B,H*D]
+            if x.shape[1] == 1:
+                return (x * gains[:, None], *args[1:])
+            place = (torch.arange(len(x), device=x.device), newest_row(keys.layout, x.shape[1]))
+            return (x.index_put(place, x[place] * gains), *args[1:])
+
+        return hook
+
+    def editing(self, edit: Edit) -> Callable[..., Any]:
+        def hook(mlp: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
+            if self.resting():
+                return None
+            assert self.run is not None
+            has_image = (self.run.total > 0)[:, None, None]
+            return torch.where(has_image, edit.change(out, self.keys()).to(out.dtype), out)
+
+        return hook
+
+
+def output_projection(layer: Any) -> nn.Module:
+    """The module that joins a layer's heads. Raises ModelError for a layer without one of the usual name."""
+    for name in ("o_proj", "out_proj", "dense"):
+        if hasattr(getattr(layer, "self_attn", None), name):
+            return getattr(layer.self_attn, name)
+    raise ModelError(f"heads: {type(layer).__name__} has no self_attn.o_proj, where the outputs of heads are joined")
+
+
+def _mlp(layer: Any) -> nn.Module:
+    if isinstance(found := getattr(layer, "mlp", None), nn.Module):
+        return found
+    raise ModelError(f"resid: {type(layer).__name__} has no mlp whose output could be edited")
