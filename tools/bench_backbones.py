@@ -128,7 +128,8 @@ def peer_of(one: Candidate, peers: list[Candidate]) -> Candidate:
 
 
 def _timm(name: str, side: int | None = None) -> Callable[[], nn.Module]:
-    return lambda: timm.create_model(name, **({} if side is None else {"img_size": side}))
+    sized: dict[str, Any] = {} if side is None else {"img_size": side}
+    return lambda: timm.create_model(name, **sized)
 
 
 def timm_peers() -> list[Candidate]:

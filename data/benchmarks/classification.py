@@ -36,11 +36,15 @@ class Classification:
 
     source: ClassVar[str] = "top-1 and top-5: ILSVRC; several labels: ReaL (arXiv 2006.07159), section 3"
     verified: ClassVar[str] = "definition; hand-computed cases"
-    max_new_tokens: ClassVar[int] = 0
     by_head: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_limit(self.limit, "classification")
+
+    @property
+    def max_new_tokens(self) -> int:
+        """A head says no words."""
+        return 0
 
     @cached_property
     def _truth(self) -> dict[str, frozenset[str]]:

@@ -110,7 +110,7 @@ class Network(nn.Module):
         self.cut: Sequence[int] = tuple(n for n in PRUNED if n < depth) if lite else ()
         self.pos_embed = nn.Parameter(torch.empty(1, self.side**2, dim))
         self.patch_embed = PatchEmbed(size, patch, 3, dim)
-        self.blocks = nn.ModuleList(Block(dim, heads, controller_bias) for _ in range(depth))
+        self.blocks: Any = nn.ModuleList(Block(dim, heads, controller_bias) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, classes)
         trunc_normal_(self.pos_embed, std=0.02)

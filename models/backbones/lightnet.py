@@ -100,7 +100,7 @@ class LightNetMixer(nn.Module):
             share = with_zero.softmax(2)[:, :, -k.shape[2] :]
             if places is not None:
                 q, share = turned(q, places), turned(share, places)
-            return linear_attention(q, share, v, causal=False, scale=1.0)
+            return _summed(q, share, v, causal=False)
         total = with_zero.logcumsumexp(2)  # what the sum up to each token is
         before = F.pad(total, (0, 0, 1, 0))[:, :, : total.shape[2]]
         own, earlier = total[:, :, -k.shape[2] :], before[:, :, -k.shape[2] :]
@@ -110,7 +110,13 @@ class LightNetMixer(nn.Module):
         share = (k - own).exp()
         if places is not None:
             q, share, decay = turned(q, places), turned(share, places), torch.cat([decay, decay], 3)
-        return linear_attention(q, share, v, log_decay=decay.clamp_max(0.0), scale=1.0)
+        return _summed(q, share, v, log_decay=decay.clamp_max(0.0))
+
+
+def _summed(q: Tensor, share: Tensor, v: Tensor, **how: Any) -> Tensor:
+    out = linear_attention(q, share, v, scale=1.0, **how)
+    assert isinstance(out, Tensor)  # a state comes with it only if asked for
+    return out
 
 
 class _Glu(nn.Module):
