@@ -96,8 +96,8 @@ class BackboneEncoder(Part):
         self.prefix, self.class_token = int(getattr(self.model, "prefix", 0)), getattr(self.model, "prefix", 0) > 0
         if weights is not None and torch.empty(0).device.type != "meta":  # a plan needs the shape and no weights
             load_weights(self.model, weights, self.heads)
-        self.dim, self.grid = self._shape()
-        self._drop_unread()
+        self.dim, self.grid, ran = self._measure()
+        self._drop_unread(ran)
 
     @classmethod
     def settings(cls, variant: str) -> dict[str, Any]:
@@ -143,21 +143,29 @@ class BackboneEncoder(Part):
                 f"pixels or more; found {sides[0]} x {sides[1]}"
             )
 
-    def _shape(self) -> tuple[int, tuple[int, int]]:
-        """Width and grid for images of the declared size, from a pass on the meta device, which computes nothing."""
+    def _measure(self) -> tuple[int, tuple[int, int], set[str]]:
+        """Width and grid for images of the declared size, and the names of the modules that run: from a pass on the
+        meta device, which computes nothing."""
         state = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         blank = torch.empty(2, 3, self.image.size, self.image.size, device="meta")
+        ran: set[str] = set()
+        handles = [
+            module.register_forward_pre_hook(lambda module, args, name=name: ran.add(name))
+            for name, module in self.named_modules()
+        ]
         with torch.no_grad():
             features = functional_call(self, {k: torch.empty_like(v, device="meta") for k, v in state.items()}, blank)
-        return features.tokens.shape[2], features.grid
+        for handle in handles:
+            handle.remove()
+        return features.tokens.shape[2], features.grid, ran
 
-    def _drop_unread(self) -> None:
-        """Modules none of whose weights the features read (later stages, the head) leave an empty place."""
-        idle = set(unread(self))
-        read = {name for name, _ in self.named_parameters()} - idle
+    def _drop_unread(self, ran: set[str]) -> None:
+        """Modules that neither run nor hold weights that the features depend on (later stages, the head) leave an empty
+        place."""
+        needed = ({name for name, _ in self.named_parameters()} - set(unread(self))) | ran
         for name, module in list(self.named_modules()):
             own = any(True for _ in module.parameters())
-            if name and own and not any(other.startswith(f"{name}.") for other in read):
+            if own and name and not any(f"{other}.".startswith(f"{name}.") for other in needed):
                 parent, _, child = name.rpartition(".")
                 setattr(self.get_submodule(parent), child, nn.Identity())
 

@@ -161,13 +161,6 @@ class Sparsifiner(BackboneEncoder):
     blind = "its attention is masked by a predictor"
     cuts = "its mask predictor knows every token by its place"
 
-    def _drop_unread(self) -> None:
-        """By place: the predictors' weights are read although no gradient comes to them."""
-        del self.model.blocks[self.output + 1 :]
-        self.model.head = nn.Identity()
-        if self.output < self.depth - 1:
-            self.model.norm = nn.Identity()
-
     def _check(self, images: Tensor) -> None:
         size = self.model.size
         if tuple(images.shape[2:]) != (size, size):
