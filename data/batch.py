@@ -1,6 +1,6 @@
 """Examples, and the padded batch a model takes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -18,7 +18,8 @@ class Example:
 
     `weights[t]` is the loss weight of predicting `tokens[t]`; 0 where it is not supervised. `position` is the place in
     the global order. Where pictures are tiled, `tiles` has an entry for each image (see `vlm.data.images.Views`) and
-    `images` its views one after the other; otherwise `images` are the images themselves.
+    `images` its views one after the other; otherwise `images` are the images themselves. `rejected`: in a preference
+    pair, the same sample with its rejected answer, over the same images.
     """
 
     key: str
@@ -28,6 +29,7 @@ class Example:
     tags: tuple[str, ...] = ()
     position: int = -1
     tiles: tuple[tuple[int, int, int, int], ...] = ()
+    rejected: "Example | None" = None
 
     @property
     def image_count(self) -> int:
@@ -45,6 +47,11 @@ class Batch:
     `tiles` is None where every image is one view. Otherwise row n says of image n: rows and columns of its tiles (0 and
     0: it is shown whole only), height and width of the picture; `images` then are views, those of one image together:
     whole, then its tiles row by row.
+
+    `rejected`, in a batch of preference pairs, holds the same samples with their rejected answers; its tensors of
+    images are those of this batch, not copies of them.
+
+    `pack` is None where every example is a sequence of its own; otherwise it says which sequence each goes into.
     """
 
     tokens: Int[Tensor, "batch tokens"]
@@ -55,6 +62,13 @@ class Batch:
     keys: list[str]
     tags: list[tuple[str, ...]]
     tiles: Int[Tensor, "images 4"] | None = None
+    rejected: "Batch | None" = None
+    pack: Int[Tensor, " batch"] | None = None
+
+    @property
+    def token_count(self) -> int:
+        """Tokens of text and placeholders, without padding; of a pair those of both sequences."""
+        return int(self.length.sum()) + (0 if self.rejected is None else self.rejected.token_count)
 
     @property
     def whole_images(self) -> Float[Tensor, "images 3 height width"]:
@@ -73,12 +87,27 @@ class Batch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        tensors: dict[str, Any] = {
-            field.name: function(value)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
-        return replace(self, **tensors)
+        """The batch with every tensor changed, each once, so that what was shared stays shared."""
+        done: dict[int, Tensor] = {}
+
+        def once(tensor: Tensor) -> Tensor:
+            if id(tensor) not in done:
+                done[id(tensor)] = function(tensor)
+            return done[id(tensor)]
+
+        return _changed(self, once)
+
+
+def _changed(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A value with every tensor in it changed: batches in batches and mappings too."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Batch):
+        named = {field.name: getattr(value, field.name) for field in fields(value)}
+        return replace(value, **{name: _changed(inner, function) for name, inner in named.items()})
+    if isinstance(value, Mapping):
+        return {name: _changed(inner, function) for name, inner in value.items()}
+    return value
 
 
 def blank_example(pad_id: int, key: str = "", position: int = -1) -> Example:
@@ -86,7 +115,7 @@ def blank_example(pad_id: int, key: str = "", position: int = -1) -> Example:
     return Example(key, [pad_id], [0.0], torch.zeros(0, 3, 0, 0), position=position)
 
 
-def collate(examples: Sequence[Example], pad_id: int) -> Batch:
+def collate(examples: Sequence[Example], pad_id: int) -> "Batch":
     """Pad and stack. Raises DataError if images differ in size, views are not those of the tiles, or an example has no
     tokens."""
     for example in examples:

@@ -15,6 +15,7 @@ from vlm.data.address import check_address, expand, open_binary, read_bytes
 from vlm.data.decode import ImageLimits, decode_image, image_size
 from vlm.data.errors import DataError
 from vlm.data.index import MANIFEST, digest, index_address, load_index, load_manifest
+from vlm.data.pairs import check_pair
 from vlm.data.schema import MediumInfo, Sample, parse_sample
 from vlm.data.tar import Entry, Member, Problem, scan
 
@@ -60,6 +61,8 @@ def _check_sample(shard: str, file: BinaryIO, entry: Entry, limits: ImageLimits)
     try:
         media = {number: (member.ext, _read(file, member)) for number, member in entry.media.items()}
         sample = parse_sample(entry.key, _read(file, entry.json), media)
+        if sample.rejected:
+            check_pair(sample)
     except DataError as error:
         yield _problem(shard, entry.key, error)
         return

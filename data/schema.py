@@ -59,7 +59,8 @@ class MediumInfo:
 class Sample:
     """Messages with their media as encoded files, in the order that `Part.ref` counts.
 
-    `rejected` holds alternatives to the last turn (preference pairs), `answer` a verifiable answer, `meta` any json.
+    `rejected` holds answers to avoid in place of the last turn, one message each, which makes a preference pair of the
+    sample (`vlm.data.pairs`); `answer` a verifiable answer, `meta` any json.
     """
 
     key: str

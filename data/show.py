@@ -46,7 +46,8 @@ class Viewer(Protocol):
 
 
 def show(pairs: Iterable[tuple[Sample, Example]], encoder: Viewer, title: str = "Samples") -> str:
-    """The page as a string. Each sample comes with its example after template, masking and cutting."""
+    """The page as a string. Each sample comes with its example after template, masking and cutting; of a preference
+    pair both sequences are shown."""
     cards = [_card(sample, example, encoder) for sample, example in pairs]
     head = (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
@@ -64,7 +65,11 @@ def show(pairs: Iterable[tuple[Sample, Example]], encoder: Viewer, title: str = 
 def _card(sample: Sample, example: Example, encoder: Viewer) -> str:
     figures = "".join(_figure(ext, content, n) for n, (ext, content) in enumerate(_media(sample)))
     turns = "".join(_turn(message) for message in sample.messages)
-    tokens = "".join(_token(view) for view in encoder.view(example))
+    turns += "".join(_turn(message, "rejected") for message in sample.rejected)
+    sequences = [example, *([example.rejected] if example.rejected else [])]
+    tokens = "".join(
+        f'<div class="tokens">{"".join(_token(view) for view in encoder.view(one))}</div>' for one in sequences
+    )
     facts = [
         f"{len(example.tokens)} tokens",
         f"{sum(weight > 0 for weight in example.weights)} supervised",
@@ -73,7 +78,7 @@ def _card(sample: Sample, example: Example, encoder: Viewer) -> str:
         *([f"tags {', '.join(sample.tags)}"] if sample.tags else []),
     ]
     line = escape(" \u00b7 ".join(facts))
-    body = f'{figures}{turns}<div class="tokens">{tokens}</div>'
+    body = f"{figures}{turns}{tokens}"
     return f'<article><h2>{escape(sample.key)}</h2><p class="facts">{line}</p>{body}</article>'
 
 
@@ -87,12 +92,12 @@ def _figure(extension: str, content: bytes, number: int) -> str:
     return f'<figure><img alt="image {number}" src="{source}"><figcaption>image {number}</figcaption></figure>'
 
 
-def _turn(message: Message) -> str:
+def _turn(message: Message, role: str = "") -> str:
     parts = [
         escape(part.text) if part.type == "text" else f'<span class="chip">image {part.ref}</span>'
         for part in message.content
     ]
-    return f'<div class="turn"><b>{escape(message.role)}</b> {"".join(parts)}</div>'
+    return f'<div class="turn"><b>{escape(role or message.role)}</b> {"".join(parts)}</div>'
 
 
 def _token(view: TokenView) -> str:

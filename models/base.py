@@ -191,6 +191,14 @@ class BaseVlm(nn.Module):
         padded on the right; and behind which of them there is a patch. Raises ModelError where that cannot be said."""
         raise ModelError(f"{type(self).__name__}: expected a connector that works token by token")
 
+    def picture_share(self, inputs: Any) -> Float[Tensor, "batch visual"]:
+        """How much of each visual token's patch shows the picture and not what it was padded with, before any cut: of
+        each row, in order, padded on the right. Raises ModelError where that cannot be said."""
+        raise ModelError(
+            "padding: expected a composed model, whose pictures are padded here, and visual tokens that stand for "
+            f"places; found {type(self).__name__}"
+        )
+
     def forward(self, inputs: Any, weights: Float[Tensor, "batch length"] | None = None) -> Output:
         """One pass; ``weights[b, t]`` is the loss weight of predicting ``tokens[b, t]``, none by default."""
         hidden, layout = self._pass(inputs, weights)

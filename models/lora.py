@@ -2,7 +2,8 @@
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -75,6 +76,30 @@ def adapt(part: Role, role: str, lora: Lora, head: nn.Module | None) -> None:
     for _, value in adapters(part):
         if value.dtype in (torch.bfloat16, torch.float16):
             value.data = value.data.float()
+
+
+@contextmanager
+def without_adapters(root: nn.Module) -> Iterator[None]:
+    """In this block ``root`` computes what it did before it got its adapters, to the bit.
+
+    Raises ModelError for a model without adapters.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in root.modules() if isinstance(module, LoraLayer)]
+    if not layers:
+        raise ModelError("adapters: expected a model with adapters to switch off; found none")
+    # peft freezes adapters that it switches off, and sets all free that it switches on
+    wanted = [(value, value.requires_grad) for layer in layers for value in layer.parameters()]  # type: ignore[attr-defined]
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for value, trained in wanted:
+            value.requires_grad_(trained)
 
 
 def merge_adapters(root: nn.Module) -> None:

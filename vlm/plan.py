@@ -9,6 +9,7 @@ from vlm.build import build_model, build_tokenizer, decoder_of, program_of
 from vlm.create import check as check_methods
 from vlm.create import create
 from vlm.data.index import load_manifest
+from vlm.data.store import Store
 from vlm.data.stream import legal_worlds
 from vlm.evaluation.classes import check_heads
 from vlm.evaluation.forecast import forecast
@@ -20,8 +21,10 @@ from vlm.models.program.decode import Decoder, check_decoder
 from vlm.models.program.program import Program
 from vlm.models.program.schedule import TEXT
 from vlm.models.program.signals import Facts
+from vlm.packing import plan_packs
 from vlm.recipe import Recipe, RecipeError
 from vlm.recipe.schema import Comparison, Training
+from vlm.training.stages import check_stage
 
 EXAMPLE = 1024  # visual tokens of the image that costs are told for where their number depends on the image
 
@@ -58,6 +61,11 @@ def plan(recipe: Recipe) -> str:
     check_heads(recipe)
     lines = [f"{recipe.name}  (recipe {recipe.hash()[:12]})", ""]
     made = recipe.data.make is not None and not _sources_exist(recipe)
+    for number, stage in enumerate(recipe.stages):
+        names = () if made or recipe.run.weights else stage.mix
+        check_stage(
+            recipe, number, {name: Store(load_manifest(list(recipe.data.sources[name].shards))) for name in names}
+        )
     if made:
         lines += _data_to_make(recipe)
     else:
@@ -67,7 +75,8 @@ def plan(recipe: Recipe) -> str:
         lines += ["", "Model: its vocabulary comes with the data; run `vlm data make` and plan again for the audit."]
     else:
         lines += ["", *_parts(recipe, model), "", *_programs(recipe, model)]
-    return "\n".join([*lines, "", *_batches(recipe)])
+    packs = [] if model is None else plan_packs(recipe, model, made)
+    return "\n".join([*lines, "", *_batches(recipe), *packs])
 
 
 def _model(recipe: Recipe) -> BaseVlm:
@@ -214,9 +223,10 @@ def _batches(recipe: Recipe) -> list[str]:
         batch = stage.global_batch or run.global_batch
         micro = run.micro_batch or batch // run.devices
         worlds = ", ".join(map(str, legal_worlds(batch, micro)))
-        length = next(f"{getattr(stage, k):,} {k}" for k in ("steps", "samples", "tokens") if getattr(stage, k))
+        lengths = [f"{getattr(stage, k):,} {k}" for k in ("steps", "samples", "tokens") if getattr(stage, k)]
+        length, unit = (*lengths, "one round of its repeats")[0], "packs" if stage.pack else "samples"
         lines.append(
-            f"Stage {stage.name}: {length}; {batch} samples per step = {run.devices} device(s) x "
+            f"Stage {stage.name}: {length}; {batch} {unit} per step = {run.devices} device(s) x "
             f"{batch // run.devices // micro} accumulated x {micro}; legal world sizes: {worlds}."
         )
     return lines

@@ -5,8 +5,8 @@ example has an image's token as often as the image has visual tokens.
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -44,20 +44,11 @@ class ProcessedBatch(Batch):
     types: Int[Tensor, "batch tokens"] | None = None
     media: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "ProcessedBatch":
-        moved = super().to(device, non_blocking)
-        media = {name: value.to(device, non_blocking=non_blocking) for name, value in self.media.items()}
-        return replace(moved, media=media)  # type: ignore[return-value]  # replace keeps the class
-
-    def pin_memory(self) -> "ProcessedBatch":
-        media = {name: value.pin_memory() for name, value in self.media.items()}
-        return replace(super().pin_memory(), media=media)  # type: ignore[return-value]
-
     def inputs(self) -> PretrainedInputs:
         """The part of the batch that the model sees."""
         place = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         valid = place < self.length[:, None]
-        return PretrainedInputs(self.tokens, valid, self.visual, self.media, self.types, self.keys)
+        return PretrainedInputs(self.tokens, valid, self.visual, self.media, self.types, self.keys, self.pack)
 
 
 def stop_tokens(name: str, processor: Any) -> tuple[int, ...]:
@@ -120,8 +111,12 @@ class ProcessorEncoder:
             DataError: not even the first exchange fits, text that spells a special token, a bad image, or turns that
                 the checkpoint's template or processor cannot write.
         """
+        return self.with_images(sample, draw, lambda ref: decode_image(sample.media[ref], sample.key, self.limits))
+
+    def with_images(self, sample: Sample, draw: Draw, picture: Callable[[int], Any]) -> ProcessedExample:
+        """The same with ``picture(n)`` in place of the sample's n-th image. Raises DataError as a call does."""
         drop = self.drop_image > 0 and draw.rng.random() < self.drop_image
-        chat = [(message.role, self._parts(sample, message, drop)) for message in sample.messages]
+        chat = [(message.role, self._parts(sample, message, drop, picture)) for message in sample.messages]
         weights = [m.weight if m.role == "assistant" and m.loss else 0.0 for m in sample.messages]
         found, turns = self._fit(sample.key, chat, weights)
         count = sum(not isinstance(part, str) for _, parts in chat[:turns] for part in parts)
@@ -154,11 +149,9 @@ class ProcessorEncoder:
         name = str(tokenizer.convert_ids_to_tokens(token))
         return TokenView(token, name, str(tokenizer.decode([token])), weight, token == self.image_id)
 
-    def _parts(self, sample: Sample, message: Message, drop: bool) -> list[Any]:
+    def _parts(self, sample: Sample, message: Message, drop: bool, picture: Callable[[int], Any]) -> list[Any]:
         return [
-            self._plain(sample.key, part.text)
-            if part.type == "text"
-            else decode_image(sample.media[part.ref], sample.key, self.limits)
+            self._plain(sample.key, part.text) if part.type == "text" else picture(part.ref)
             for part in message.content
             if part.type == "text" or not drop
         ]

@@ -44,6 +44,23 @@ def diffused(pixels: Float[Tensor, "*pixels"], step: int, seed: int = 0) -> Floa
     return left**0.5 * pixels + (1 - left) ** 0.5 * noise
 
 
+def cropped(pixels: Float[Tensor, "channels height width"], most: float = 0.2) -> Float[Tensor, "channels height width"]:
+    """A piece of the image at a random place, at most that share of its area, blown up to its size.
+
+    Place and size go by the pixels themselves, drawn on the CPU. Source: mDPO (EMNLP 2024), section 3.2: the rejected
+    image is a crop of 0 to 20 % of the original. Raises ModelError where pixels are no picture.
+    """
+    if pixels.ndim != 3:
+        raise ModelError(f"cropped image: expected pixels [3, height, width]; found {tuple(pixels.shape)}; use noise")
+    generator = torch.Generator().manual_seed(int(pixel_seed(pixels[None])))
+    share, down, right = torch.rand(3, generator=generator).tolist()
+    side = (share * most) ** 0.5
+    height, width = (max(1, round(side * size)) for size in pixels.shape[1:])
+    top, left = round(down * (pixels.shape[1] - height)), round(right * (pixels.shape[2] - width))
+    piece = pixels[None, :, top : top + height, left : left + width]
+    return torch.nn.functional.interpolate(piece, size=pixels.shape[1:], mode="bilinear", align_corners=False)[0]
+
+
 def masked(
     pixels: Float[Tensor, "channels height width"], kept: Bool[Tensor, "rows cols"]
 ) -> Float[Tensor, "channels height width"]:

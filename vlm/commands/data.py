@@ -1,10 +1,11 @@
-"""``vlm data make | pack | index | check | show | score``: shards made, converted, indexed, checked and looked at, and
-answers of elsewhere scored."""
+"""``vlm data make | pack | make-pairs | index | check | show | score``: shards made, converted, indexed, checked and
+looked at, and answers of elsewhere scored."""
 
 import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlm.commands._pairs import add_make_pairs
 from vlm.commands.recipes import add_overrides, add_recipe, load
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 _FORMATS = {
     "llava-json": "LLaVA's JSON or JSON lines with its image folder",
     "coco-captions": "COCO captions JSON with its image folder",
+    "rlhf-v": "preference pairs: question, chosen, rejected and an image, as JSON, JSON lines or parquet",
 }
 
 
@@ -25,7 +27,8 @@ def add(commands: Any) -> None:
     text = "make, convert, index, check and look at shards; score answers that something else wrote"
     data = commands.add_parser("data", help=text, description=text)
     actions = data.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
-    for add_action in (_add_make, _add_pack, _add_index, _add_index_captions, _add_check, _add_show, _add_score):
+    making = (_add_make, _add_pack, add_make_pairs, _add_index, _add_index_captions)
+    for add_action in (*making, _add_check, _add_show, _add_score):
         add_action(actions)
 
 
@@ -251,6 +254,7 @@ def _samples(recipe: "Recipe", encoder: Any, count: int) -> list[tuple["Sample",
     """``count`` samples of every source, evenly spread over it, each with what the encoder makes of it."""
     from vlm.data.draw import Draw
     from vlm.data.index import load_manifest
+    from vlm.data.pairs import PairEncoder
     from vlm.data.store import Store
 
     pairs = []
@@ -259,5 +263,6 @@ def _samples(recipe: "Recipe", encoder: Any, count: int) -> list[tuple["Sample",
         chosen = min(count, len(store))
         for number in (len(store) * index // chosen for index in range(chosen)):
             sample = store.read(number)
-            pairs.append((sample, encoder(sample, Draw(number, 0, recipe.seed))))
+            encode = PairEncoder(encoder) if sample.rejected else encoder
+            pairs.append((sample, encode(sample, Draw(number, 0, recipe.seed))))
     return pairs

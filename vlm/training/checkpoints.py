@@ -90,6 +90,22 @@ def point_of(path: Path, key: str = "run.resume") -> Checkpoint:
     return Checkpoint(path, int(match[1]), int(match[3]))
 
 
+def of_run(path: Path, key: str) -> Path:
+    """The checkpoint that the recipe's ``key`` means: the file itself, or the newest of a run's folder.
+
+    Raises TrainingError when there is none.
+    """
+    if path.suffix == ".ckpt":
+        return point_of(path, key).path
+    point = newest(path / "checkpoints")
+    if point is None:
+        raise TrainingError(
+            f"{path / 'checkpoints'}: expected a checkpoint of this run, found none; train that run first, or set "
+            f"{key}=null"
+        )
+    return point.path
+
+
 def forget_after(point: Checkpoint, folder: Path) -> None:
     """Remove what a run that goes on from ``point`` will write anew, and what a kill left half-written.
 
@@ -204,3 +220,17 @@ def load_weights(model: BaseVlm, content: dict[str, Any], path: Path) -> None:
             "others under that name"
         )
     model.load_state_dict(state, strict=base is None)
+
+
+def load_start(model: BaseVlm, content: dict[str, Any], path: Path) -> None:
+    """Put the weights of another run's checkpoint into ``model``, whose fresh adapters stay as they are.
+
+    Raises TrainingError when they are not those of this model, or have adapters or a base of their own.
+    """
+    own = model.state_dict()
+    renamed = {f"model.{name.replace('.base_layer.', '.')}": f"model.{name}" for name in own if not is_adapter(name)}
+    state = {renamed.get(name, name): value for name, value in content["state_dict"].items()}
+    if content.get("base") is not None or any(is_adapter(name) for name in state):
+        raise TrainingError(f"checkpoint {path}: model.weights takes a composed model without adapters; found others")
+    adapters = {f"model.{name}": value for name, value in own.items() if is_adapter(name)}
+    load_weights(model, {"state_dict": {**state, **adapters}}, path)

@@ -72,12 +72,22 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(tmp_path_factory.mktemp("data") / "scenes", train=200, test=12, seed=0)
 
 
+@pytest.fixture(scope="session")
+def written(scenes: Path) -> Callable[[Path], Path]:
+    """``written(folder)`` writes the recipe there, with ``folder / "run"`` as its run folder, and returns its file."""
+
+    def call(folder: Path) -> Path:
+        path = folder / "recipe.yaml"
+        path.write_text(RECIPE.format(scenes=scenes, folder=folder / "run"))
+        return path
+
+    return call
+
+
 @pytest.fixture
-def recipe(scenes: Path, tmp_path: Path) -> Path:
+def recipe(written: Callable[[Path], Path], tmp_path: Path) -> Path:
     """The recipe's file; its run folder is ``tmp_path / "run"``."""
-    path = tmp_path / "recipe.yaml"
-    path.write_text(RECIPE.format(scenes=scenes, folder=tmp_path / "run"))
-    return path
+    return written(tmp_path)
 
 
 @pytest.fixture
