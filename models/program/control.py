@@ -1,4 +1,4 @@
-"""Decode controllers: what may look ahead of a beam search, change its scores and take it back.
+"""Decode controllers: what may look ahead of a decode, change its scores and take it back.
 
 A controller belongs to one prompt. At every length the loop first asks :meth:`Controller.score`; it may score what it
 would see after a continuation (:meth:`Decode.ahead`), rule continuations out, or name a shorter length to go back to.
@@ -51,6 +51,10 @@ class Decode:
     def signal(self, signal: Signal) -> Tensor:
         """A signal of the newest token's pass."""
         return self._streams.main.run.get(signal, signal.layer)
+
+    def inner(self, layers: int) -> Float[Tensor, "rows width"]:
+        """The newest token's state after so many decoder layers."""
+        return self._streams.main.run.inner[layers]
 
     def ahead(self, tokens: Int[Tensor, " rows"], signal: Signal) -> Tensor:
         """The signal after one more token in each row, which is then taken back."""

@@ -32,10 +32,17 @@ class Decoder(Protocol):
 
 
 def check_decoder(program: Program, decoder: Decoder | None) -> None:
-    """Refuse a program whose decode controller needs beams. Raises ModelError."""
-    if any(isinstance(op, Control) for _, op in program) and not (decoder is not None and decoder.beams):
-        found = "greedy" if decoder is None else type(decoder).__name__.lower()
-        raise ModelError(f"decode: this method ranks the beams of a beam search; expected decode: beam, found {found}")
+    """Refuse a program whose decode controller needs beams, or one text, for a decoder that has none. Raises
+    ModelError."""
+    found = "greedy" if decoder is None else type(decoder).__name__.lower()
+    beams = decoder is not None and decoder.beams
+    for op in (op for _, op in program if isinstance(op, Control)):
+        if op.beams and not beams:
+            expected = "ranks the beams of a beam search; expected decode: beam"
+            raise ModelError(f"decode: this method {expected}, found {found}")
+        if beams and not op.beams:
+            expected = "watches one text as it grows; expected decode: greedy or sample"
+            raise ModelError(f"decode: this method {expected}, found {found}")
 
 
 @torch.inference_mode()
@@ -83,16 +90,17 @@ def _generate(model: BaseVlm, inputs: Any, max_new_tokens: int, stop: int, decod
     streams = Streams(model, logits, opened)
     run = streams.main.run
 
-    def begin(count: int) -> Search:
-        prompts = Prompts(count, stop, max_new_tokens, inputs.tokens.device, lambda: row_seeds(inputs, run))
+    def begin(rows: Int[Tensor, " rows"]) -> Search:
+        seeds = lambda: row_seeds(inputs, run)[rows]  # noqa: E731
+        prompts = Prompts(len(rows), stop, max_new_tokens, rows.device, seeds)
         return Pick(prompts) if decoder is None else decoder.begin(prompts)
 
-    count = len(inputs.tokens)
+    rows = torch.arange(len(inputs.tokens), device=inputs.tokens.device)
     if engine is None or engine.control is None:
-        return _continue(streams, begin(count), engine.rewrites if engine is not None else [])
-    rows = torch.arange(count, device=inputs.tokens.device)
+        return _continue(streams, begin(rows), engine.rewrites if engine is not None else [])
     # A controller goes back in one prompt at a time, so each is decoded by itself once all have been run.
-    each = (_continue(streams.take_rows(row[None]), begin(1), engine.rewrites, engine.control) for row in rows)
+    alone = ((streams.take_rows(row[None], remember=True), begin(row[None])) for row in rows)
+    each = (_continue(one, search, engine.rewrites, engine.control) for one, search in alone)
     return [answer for answers in each for answer in answers]
 
 
