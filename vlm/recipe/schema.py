@@ -190,7 +190,8 @@ class Schedule(Section):
 
 
 class Pack(Section):
-    """Samples share sequences of ``tokens`` tokens of the language model, visual ones counted as they are after pruning.
+    """Samples share sequences of ``tokens`` tokens of the language model, visual ones counted as they are after
+    pruning.
 
     The batch then counts packs. patches: of the vision encoder, in a pack at most. buffer: how many samples ahead a
     pack chooses from; age: after how many packs without it a sample goes first.
@@ -299,6 +300,9 @@ class Run(Section):
     weights: Str | None = None
     trace_samples: Bool = False
     log_every: AtLeastOne = 10
+    log: Annotated[tuple[Literal["tensorboard", "wandb"], ...], OneOrMore] = ()
+    checkpoint_activations: Bool = False
+    compile: Bool = False
     threads: AtLeastOne | None = None
 
     @property
@@ -397,6 +401,9 @@ class Recipe(Section):
         del whole["data"]["workers"], whole["name"], whole["evaluate"]
         if self.model.weights is None:
             del whole["model"]["weights"]  # as in checkpoints from before there was such a key
+        for stage in whole["stages"]:
+            for key in [key for key in ("pack", "repeat") if stage[key] is None]:
+                del stage[key]
         return whole
 
     def hash(self) -> str:

@@ -20,8 +20,11 @@ from vlm.recipe.schema import KeepSchedule, Schedule, Stage
 from vlm.training.datamodule import gather
 from vlm.training.errors import TrainingError
 from vlm.training.loss import Loss
+from vlm.training.memory import recompute_frozen
 from vlm.training.ranks import total
 from vlm.training.sharding import Sharded, gathered, local
+
+ASK_EVERY = 10  # steps
 
 
 class TrainingModule(LightningModule):
@@ -64,6 +67,8 @@ class TrainingModule(LightningModule):
         self.last: Loss | None = None  # of the micro-batch just done, for callbacks
         self.step, self.window_weight = 0, 0.0
         self.grad_norm = 0.0  # of the whole gradient of the last step, before clipping
+        self.stop, self.told_to_stop = False, bool  # whether the ranks end after this step; this rank was told to
+        self.counted = (0, 0)  # tokens of the micro-batch, without and with padding
         self.window: list[tuple[Tensor, list[str]]] = []  # loss and sample keys since the last optimizer step
         self._attached = ExitStack()
         self._methods: tuple[Any, ...] = ()
@@ -88,10 +93,15 @@ class TrainingModule(LightningModule):
         weights when it is called."""
         return self.objective(self.model, batch)
 
+    def on_before_batch_transfer(self, batch: MicroBatch, dataloader_idx: int) -> MicroBatch:
+        """Count where the batch still lies in the CPU's memory, so that no step waits for the GPU to tell a number."""
+        self.counted = (batch.batch.token_count, batch.batch.tokens.numel())
+        return batch
+
     def training_step(self, micro: MicroBatch, index: int) -> Tensor:
         accumulate = self.trainer.accumulate_grad_batches
         if index % accumulate == 0:
-            self.window_weight = self._total_weight(micro)
+            self.window_weight = self._agree(micro)
         loss = self(micro.batch)
         self.last = loss
         self.window.append((loss.value.detach(), micro.batch.keys))
@@ -133,11 +143,18 @@ class TrainingModule(LightningModule):
         if gradient_clip_val is not None and (share := gradient_clip_val / (self.grad_norm + 1e-6)) < 1:
             torch._foreach_mul_([local(gradient) for gradient in self._gradients()], share)
 
-    def _total_weight(self, micro: MicroBatch) -> float:
-        """The weight of the whole global batch, over its micro-batches and all ranks."""
+    def _agree(self, micro: MicroBatch) -> float:
+        """The weight of the whole global batch, over its micro-batches and all ranks; and whether to stop after it.
+
+        Where the weight needs no asking, ranks ask each other to stop every tenth step only.
+        """
         if self.per == "sample":
+            if micro.step % ASK_EVERY == 0:
+                self.stop = total([self.told_to_stop()])[0] > 0
             return float(self.global_batch)
-        return total([micro.window_weight])[0]
+        weight, told = total([micro.window_weight, self.told_to_stop()])
+        self.stop = told > 0
+        return weight
 
     def configure_optimizers(self) -> Any:
         groups = []
@@ -192,6 +209,7 @@ class TrainingModule(LightningModule):
         self.model.train()
         for role, part in self.model.parts.items():
             part.train(role in self.stage.train)
+        recompute_frozen(self.model.decoder)
 
     def _methods_at(self, step: int) -> tuple[Any, ...]:
         """The methods of a training step; a keep schedule lowers the kept share step by step."""

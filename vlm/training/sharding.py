@@ -110,12 +110,13 @@ def blocks_of(modules: list[nn.Module]) -> Iterator[nn.Module]:
     """Members of lists of equal modules (the blocks of a transformer), of the outermost lists only."""
     taken: set[int] = set()
     for module in modules:
-        if id(module) in taken or not isinstance(module, nn.ModuleList | nn.Sequential) or len(module) < 2:
+        if id(module) in taken or not isinstance(module, nn.ModuleList | nn.Sequential) or not len(module):
             continue
         members = list(module)
-        if len({type(member) for member in members}) > 1 or not any(True for _ in members[0].parameters()):
+        # What has no parts is a layer and no block; a list of lists is never called, so nothing would gather it.
+        if len({type(member) for member in members}) > 1 or isinstance(members[0], nn.ModuleList):
             continue
-        if isinstance(members[0], nn.ModuleList):  # a list is never called, so nothing would gather it
+        if not any(True for _ in members[0].children()) or not any(True for _ in members[0].parameters()):
             continue
         for member in members:
             taken.update(id(inner) for inner in member.modules())

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 
 from vlm.recipe.schema import Run
@@ -15,6 +16,11 @@ def backend() -> str | None:
     """Tensors on a GPU go through NCCL; small ones on the CPU through gloo, so that no step waits for the GPU only to
     tell the ranks a number."""
     return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else None
+
+
+def environment() -> list[Any]:
+    """Under SLURM Lightning would save and requeue by itself, into the working folder; the launcher decides that."""
+    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
 
 
 def strategy(run: Run) -> Any:

@@ -1,8 +1,10 @@
 """Training: the stages of a recipe one after the other, from wherever the run stands."""
 
 import logging
+import math
 import os
 import shutil
+import sys
 import warnings
 from contextlib import suppress
 from importlib.metadata import version
@@ -18,9 +20,11 @@ from vlm.create import create
 from vlm.data.draw import Draw
 from vlm.data.errors import DataError
 from vlm.data.index import Manifest, load_manifest
+from vlm.data.pairs import CollatePairs, PairEncoder
 from vlm.data.store import Store
-from vlm.data.stream import BadSamplePolicy
+from vlm.data.stream import BadSamplePolicy, Packing
 from vlm.models.base import BaseVlm
+from vlm.packing import fill_of, packing_of
 from vlm.progress import Progress
 from vlm.recipe import Recipe
 from vlm.recipe.schema import Stage
@@ -28,15 +32,22 @@ from vlm.training import checkpoints
 from vlm.training.callbacks import Save, Trace, Watch, keep_lines_before
 from vlm.training.datamodule import StageData
 from vlm.training.errors import TrainingError
+from vlm.training.loggers import open_loggers
+from vlm.training.memory import switched
 from vlm.training.module import TrainingModule
+from vlm.training.reference import NAME as REFERENCE
+from vlm.training.reference import Measure, Pairs
 from vlm.training.sharding import working_copy, write_back
-from vlm.training.strategy import SHARDED, strategy
+from vlm.training.stages import check_stage, wants_pairs
+from vlm.training.stop import Stop
+from vlm.training.strategy import SHARDED, environment, strategy
 
 # Lightning advertises and counts devices at every fit; what a user needs to see is in our own progress and audit.
 for _library in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(_library).setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", message="Found .* module.* in eval mode", module="lightning")
 warnings.filterwarnings("ignore", message="You're resuming from a checkpoint", module="lightning")  # data state is ours
+warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer`", module="lightning")
 warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec", module="lightning")
 
 # Set in every process by a launcher from outside; Lightning's own launcher starts the others after the data are made.
@@ -89,8 +100,12 @@ def train(recipe: Recipe, model: BaseVlm, tokenizer: PreTrainedTokenizerBase) ->
         checkpoints.load_weights(model, content, start.path)
         if is_first_rank():
             checkpoints.forget_after(start, folder)
-    elif is_first_rank():
-        _clear(Path(recipe.run.dir))
+    else:
+        if recipe.model.weights is not None:
+            begin = checkpoints.of_run(Path(recipe.model.weights), "model.weights")
+            checkpoints.load_start(model, checkpoints.read(begin), begin)
+        if is_first_rank():
+            _clear(Path(recipe.run.dir))
     if is_first_rank():
         (folder.parent / "recipe.yaml").write_text(recipe.to_yaml())
     for number, stage in enumerate(recipe.stages):
@@ -112,14 +127,26 @@ def _clear(folder: Path) -> None:
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     for name in ("metrics.jsonl", "samples.jsonl", "evaluation.json", "pictures.json", "report.html"):
         (folder / name).unlink(missing_ok=True)
+    for path in folder.glob(REFERENCE.format("*")):
+        path.unlink()
 
 
-def stage_steps(stage: Stage, global_batch: int, stores: list[Store], encoder: Any) -> int:
-    """Steps of a stage; a length in tokens counts the mean of the first 256 samples of each source."""
+def stage_steps(
+    stage: Stage, global_batch: int, stores: list[Store], encoder: Any, packing: Packing | None = None, seed: int = 0
+) -> int:
+    """Steps of a stage; a length in tokens counts the mean of the first 256 samples of each source, and what a pack
+    holds is told by the first 512 samples of the mixture. Without a length it is one round of all repeats."""
     if stage.steps is not None:
         return stage.steps
-    if stage.samples is not None:
-        return -(-stage.samples // global_batch)
+    samples = stage.samples
+    if samples is None and stage.tokens is None:
+        samples = sum(round(times) * len(store) for times, store in zip(stage.mix.values(), stores, strict=True))
+    if packing is not None:
+        fill = fill_of(stage, stores, seed, packing)
+        step = fill.samples if samples is not None else fill.share * packing.config.tokens
+        return max(1, math.ceil((samples or stage.tokens or 0) / (step * global_batch)))
+    if samples is not None:
+        return -(-samples // global_batch)
     assert stage.tokens is not None
     total = sum(stage.mix.values())
     parts = zip(stores, stage.mix.values(), strict=True)
@@ -150,18 +177,23 @@ def _train_stage(
     global_batch = stage.global_batch or recipe.run.global_batch
     encoder = build_encoder(recipe, model, tokenizer, stage.drop_image)
     stores = [sources.stores[name] for name in stage.mix]
-    steps = stage_steps(stage, global_batch, stores, encoder)
+    collate, objective = build_collate(encoder, tokenizer), create("objective", stage.objective)
+    if wants_pairs(objective):
+        check_stage(recipe, number, {name: sources.stores[name] for name in stage.mix})
+        encoder, collate = PairEncoder(encoder), CollatePairs(collate)
+    packing = packing_of(recipe, stage, model, encoder)
+    steps = stage_steps(stage, global_batch, stores, encoder, packing, recipe.seed + number)
     if resumed is not None and resumed.step >= steps:
         return
     seed_everything(recipe.seed + number, verbose=False)
     micro = recipe.run.micro_batch or global_batch // recipe.run.world
     accumulate = global_batch // recipe.run.world // micro
     working = working_copy(model) if recipe.run.parallel in SHARDED else model
-    objective: Any = create("objective", stage.objective)
     prune, left_out = recipe.prune, checkpoints.untrained(recipe, model)
+    built = objective.build(working, sources.tags)
     module = TrainingModule(
         working,
-        objective.build(working, sources.tags),
+        built,
         objective.per,
         stage,
         steps,
@@ -180,25 +212,26 @@ def _train_stage(
         leave_out=left_out,
     )
     tolerance = BadSamplePolicy(recipe.data.on_bad_sample.consecutive, recipe.data.on_bad_sample.skip)
-    data = StageData(
-        stores,
-        list(stage.mix.values()),
-        encoder,
-        build_collate(encoder, tokenizer),
-        {
-            "global_batch": global_batch,
-            "micro_batch": micro,
-            "workers": recipe.data.workers,
-            "seed": recipe.seed + number,
-            "steps": steps,
-        },
-        tolerance,
-    )
+    layout = {
+        "global_batch": global_batch,
+        "micro_batch": micro,
+        "workers": recipe.data.workers,
+        "seed": recipe.seed + number,
+        "steps": steps,
+    }
+    weights = list(stage.mix.values())
+    data = StageData(stores, weights, encoder, collate, layout, tolerance, packing, stage.repeat is not None)
     trainer = _trainer(recipe, number, stage, steps, accumulate, resumed)
+    if isinstance(encoder, PairEncoder) and built.needs_start:
+        pairs = Pairs(stores, weights, encoder, collate, layout, stage.repeat is not None)
+        about = {"recipe": recipe.identity_hash(), "data": {name: sources.manifests[name].hash for name in stage.mix}}
+        measure = Measure(Path(recipe.run.dir), number, pairs, about, resumed is not None)
+        trainer.callbacks.append(measure)  # type: ignore[attr-defined]
     threads = torch.get_num_threads()
     torch.set_num_threads(recipe.run.threads or threads)  # of training: an evaluation takes all there are
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=resumed.path if resumed else None, weights_only=True)
+        with switched(recipe, working):
+            trainer.fit(module, datamodule=data, ckpt_path=resumed.path if resumed else None, weights_only=True)
         if working is not model:
             write_back(working, model)
     finally:
@@ -206,6 +239,17 @@ def _train_stage(
         torch.set_num_threads(threads)
     if trainer.interrupted:
         raise KeyboardInterrupt
+    _end_if_told(trainer, Path(recipe.run.dir))
+
+
+def _end_if_told(trainer: Trainer, folder: Path) -> None:
+    """A run that its scheduler stopped has saved, and is no failure: the same command goes on from there."""
+    stops = [callback.done for callback in trainer.callbacks if isinstance(callback, Stop)]  # type: ignore[attr-defined]
+    if stops and stops[0] is not None:
+        last = checkpoints.newest(folder / "checkpoints")
+        if is_first_rank() and last is not None:
+            print(f"stopped by SIGTERM, saved {last.path}; the same command goes on from it", file=sys.stderr)
+        raise SystemExit(0)
 
 
 def _trainer(
@@ -219,11 +263,14 @@ def _trainer(
             keep_lines_before(folder / log, number, done)
     title = f"stage {number + 1}/{len(recipe.stages)} {stage.name}"
     progress = Progress(title, steps, quiet=not first, start=done)
-    callbacks: list[Any] = [Watch(number, stage.name, steps, folder / "metrics.jsonl", run.log_every, progress)]
+    logs = open_loggers(recipe, stage.name, done) if first else []
+    watch = Watch(number, stage.name, steps, folder / "metrics.jsonl", run.log_every, progress, logs)
+    callbacks: list[Any] = [watch]
     if run.trace_samples:
         callbacks.append(Trace(number, folder / "samples.jsonl"))
     files = checkpoints.Files()
-    callbacks.append(Save(number, stage.name, steps, folder / "checkpoints", run.save.every, run.save.keep, files))
+    save = Save(number, stage.name, steps, folder / "checkpoints", run.save.every, run.save.keep, files)
+    callbacks += [save, Stop(save)]
     return Trainer(
         accelerator="auto",
         devices=run.devices,
@@ -235,7 +282,7 @@ def _trainer(
         accumulate_grad_batches=accumulate,
         gradient_clip_val=stage.clip,
         callbacks=callbacks,
-        plugins=[files],
+        plugins=[files, *environment()],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -253,13 +300,12 @@ def find_weights(recipe: Recipe) -> Path:
     other = recipe.run.weights
     if not recipe.stages and recipe.model.origin is not None:
         return Path(recipe.model.origin.name)
-    if other is not None and Path(other).suffix == ".ckpt":
-        return checkpoints.point_of(Path(other), "run.weights").path
-    folder = Path(other or recipe.run.dir) / "checkpoints"
+    if other is not None:
+        return checkpoints.of_run(Path(other), "run.weights")
+    folder = Path(recipe.run.dir) / "checkpoints"
     point = checkpoints.newest(folder)
     if point is None:
-        way = "run `vlm train` first" if other is None else "train that run first, or set run.weights=null"
-        raise TrainingError(f"{folder}: expected a checkpoint of this run, found none; {way}")
+        raise TrainingError(f"{folder}: expected a checkpoint of this run, found none; run `vlm train` first")
     return point.path
 
 
