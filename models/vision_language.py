@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from vlm.models.base import BaseVlm, Overview, pixel_seed
 from vlm.models.encoder import unread
 from vlm.models.errors import ModelError
+from vlm.models.program.debias import picture_share
 from vlm.models.program.layout import Layout, Side, compact
 from vlm.models.program.perturb import edited, insertion
 from vlm.models.program.run import Run
@@ -168,12 +169,25 @@ class VisionLanguageModel(BaseVlm):
     ) -> tuple[Float[Tensor, "batch visual width"], Bool[Tensor, "batch visual"]]:
         if not self.connector.token_wise:
             return super().patch_features(inputs)
-        count = self.visual_counts(inputs)
         if not len(inputs.images):
-            return inputs.images.new_zeros(len(count), 0, self.vision.dim), inputs.valid[:, :0]
-        table, found = self._tiles(inputs), self.vision(inputs.images)
-        seen = Visual(found.tokens, self.visual_grid, inputs.owner)
-        seen = seen if table is None else table.join(found.tokens, inputs.owner)
+            return inputs.images.new_zeros(len(inputs.tokens), 0, self.vision.dim), inputs.valid[:, :0]
+        return self._by_row(self.vision(inputs.images).tokens, inputs)
+
+    def picture_share(self, inputs: Inputs) -> Float[Tensor, "batch visual"]:
+        if not self.spatial:
+            return super().picture_share(inputs)
+        if not len(inputs.images):
+            return inputs.images.new_zeros(len(inputs.tokens), 0)
+        image = self.vision.image
+        share = picture_share(inputs.images, image.mean, image.std, self.visual_grid)
+        return self._by_row(share[..., None], inputs)[0][..., 0]
+
+    def _by_row(
+        self, values: Float[Tensor, "views tokens width"], inputs: Inputs
+    ) -> tuple[Float[Tensor, "batch visual width"], Bool[Tensor, "batch visual"]]:
+        """What the tokens of views have, as that of each row's visual tokens before any cut, and which are real."""
+        table, count = self._tiles(inputs), self.visual_counts(inputs)
+        seen = Visual(values, self.visual_grid, inputs.owner) if table is None else table.join(values, inputs.owner)
         rows = pad_sequence(seen.features[seen.valid].split(count.tolist()), batch_first=True)  # owners ascend
         return rows, torch.arange(rows.shape[1], device=count.device) < count[:, None]
 

@@ -1,11 +1,11 @@
 """Attention without its bias for place and padding: weights on any attention score.
 
 Source: "Attention debiasing for token pruning in vision-language models" (arXiv 2508.17807), sections 3.2 and 3.3.
-Of its two parts a recipe reaches the reweighting by position. The suppression of padding (:func:`without_padding`)
-needs the size that a picture had before it was padded to a square, which no batch carries: it is a function here, not
-an option.
+Its two parts are a weight that falls over raster order, and the suppression of patches that show padding. Where a
+picture was padded is read from its pixels (:func:`picture_share`), so that batches need not carry sizes.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vlm.models.program.segments import numbers
+from vlm.models.program.signals import Given
 
 
 class PositionFit(NamedTuple):
@@ -25,20 +26,29 @@ class PositionFit(NamedTuple):
 
 @dataclass(frozen=True)
 class Debias:
-    """Takes the bias for late places out of an attention score, by a weight that falls over raster order.
+    """Takes the bias for late places and for padding out of an attention score.
 
     In a recipe a number, the ``sigma`` of ``exp(-sigma x)``, or ``fastv``, the weight of the authors' FastV code
-    (``sigma`` None). sigma belongs to a model and a score: fit it on training data (:func:`fit_position`). The paper's
-    values for LLaVA-1.5-7B are fitted on each benchmark: 1.45 to 2.38 for PyramidDrop, 1.32 to 2.67 for SparseVLM.
+    (``sigma`` None); or ``{sigma: 1.5, padding: 0.5}`` with one of them or both. sigma belongs to a model and a score:
+    fit it on training data (:func:`fit_position`). The paper's values for LLaVA-1.5-7B are fitted on each benchmark:
+    1.45 to 2.38 for PyramidDrop, 1.32 to 2.67 for SparseVLM.
+
+    padding: a patch of which less than this share shows the picture ranks below all that do (0.5 for FastV and
+    SparseVLM in the authors' code, 0.01 for PyramidDrop). Such patches stay only where the budget is larger than the
+    picture; the code of FastV lowers the budget instead. Inside the language model of composed models.
     """
 
     sigma: float | None
+    padding: float | None = None
 
     @classmethod
     def parse(cls, value: Any) -> "Debias":
-        """Read a recipe value. Raises ValueError for anything but a number of 0 or more, or ``fastv``."""
+        """Read a recipe value. Raises ValueError for anything but a number of 0 or more, ``fastv``, or a table of
+        these."""
         if isinstance(value, Debias):
             return value
+        if isinstance(value, Mapping):
+            return cls._of_table(value)
         try:
             sigma = None if value == "fastv" else float(value)
         except (TypeError, ValueError):
@@ -47,18 +57,46 @@ class Debias:
             raise ValueError(f"expected the sigma of exp(-sigma x), 0 or more, or fastv; found {value!r}")
         return cls(sigma)
 
+    @classmethod
+    def _of_table(cls, value: Mapping[str, Any]) -> "Debias":
+        if not value or value.keys() - {"sigma", "padding"}:
+            raise ValueError(f"expected sigma, padding or both; found {', '.join(map(str, value)) or 'nothing'}")
+        sigma, padding = cls.parse(value.get("sigma", 0)).sigma, None
+        if "padding" in value:
+            try:
+                padding = float(value["padding"])
+            except (TypeError, ValueError):
+                padding = 0.0
+            if not 0 < padding <= 1:
+                found = value["padding"]
+                raise ValueError(f"padding: expected the share of a patch, above 0 and at most 1; found {found!r}")
+        return cls(sigma, padding)
+
     def __str__(self) -> str:
-        return "fastv" if self.sigma is None else f"{self.sigma:g}"
+        weight = "fastv" if self.sigma is None else f"{self.sigma:g}"
+        return weight if self.padding is None else f"sigma {weight} padding {self.padding:g}"
 
     def __call__(
         self,
         score: Float[Tensor, "segments tokens"],
         valid: Bool[Tensor, "segments tokens"],
         share: Float[Tensor, "segments tokens"] | None = None,
+        picture: Float[Tensor, "segments tokens"] | None = None,
     ) -> Float[Tensor, "segments tokens"]:
-        """The scores, reweighted; ``share`` is each token's place in raster order, by default among those there."""
+        """The scores, which are 0 or more, reweighted; ``share`` is each token's place in raster order, by default
+        among those there. picture: how much of each token's patch shows the picture; -1 is the score of padding."""
         weight = cubic_weight(valid, share) if self.sigma is None else exponential_weight(valid, self.sigma, share)
-        return (score * weight).masked_fill(~valid, 0)
+        score = (score * weight).masked_fill(~valid, 0)
+        if self.padding is None or picture is None:
+            return score
+        return score.masked_fill(valid & (picture < self.padding - 1e-6), -1)
+
+
+def _shown(model: Any, inputs: Any, weights: Tensor | None) -> Float[Tensor, "batch visual"]:
+    return model.picture_share(inputs)
+
+
+SHOWN = Given(scores=_shown)  # how much of each visual token's patch shows the picture
 
 
 def raster_share(valid: Bool[Tensor, "segments tokens"]) -> Float[Tensor, "segments tokens"]:
@@ -100,6 +138,30 @@ def fit_position(mean_attention: Float[Tensor, " tokens"]) -> PositionFit:
     y = mean_attention.double().cpu().log()
     sigma = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
     return PositionFit(float((y.mean() - sigma * x.mean()).exp()), float(sigma))
+
+
+def picture_share(
+    images: Float[Tensor, "views 3 height width"],
+    mean: Sequence[float],
+    std: Sequence[float],
+    grid: tuple[int, int],
+) -> Float[Tensor, "views tokens"]:
+    """How much of each patch shows the picture: the rest lies in the border, on any side, that has the mean colour and
+    no other, with which ``resize: pad`` fills up. A view of that colour alone is all picture.
+
+    images: normalised with mean and std. grid: rows and columns of the patches.
+    """
+    centre, spread = (images.new_tensor(list(values))[:, None, None] for values in (mean, std))
+    off = images * spread + centre - (centre * 255).round() / 255  # 0 where the picture has that level, of 255
+    empty = (off.abs() < 0.5 / 255).all(1)  # [V,H,W]
+
+    def cover(line: Bool[Tensor, "views side"], patches: int) -> Float[Tensor, "views patches"]:
+        seen = (line.cumsum(1) > 0) & (line.flip(1).cumsum(1).flip(1) > 0)  # from the first to the last that shows some
+        seen = seen | ~line.any(1, keepdim=True)
+        return torch.nn.functional.adaptive_avg_pool1d(seen.to(images.dtype)[:, None], patches)[:, 0]
+
+    rows, cols = cover(~empty.all(2), grid[0]), cover(~empty.all(1), grid[1])
+    return (rows[:, :, None] * cols[:, None]).flatten(1)
 
 
 def without_padding(height: int, width: int, grid: int, least: float = 0.5) -> Bool[Tensor, "grid grid"]:

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vlm.models.program.debias import Debias
+from vlm.models.errors import ModelError
+from vlm.models.program.debias import SHOWN, Debias
 from vlm.models.program.diverse import max_min_order
 from vlm.models.program.program import Selector, Tokens
 from vlm.models.program.reduce import Reduced, add_weighted_neighbours
@@ -143,9 +144,17 @@ def scored_by(
     if debias is None:
         return (signal,), lambda tokens: tokens.signal(signal)
     if signal.part == "vision":
+        if debias.padding is not None:
+            raise ModelError(f"debias: padding: expected a cut inside the language model; found a score of {signal}")
         return (signal,), lambda tokens: debias(tokens.signal(signal), tokens.valid)
     place = RasterShare()
-    return (signal, place), lambda tokens: debias(tokens.signal(signal), tokens.valid, tokens.signal(place))
+    if debias.padding is None:
+        return (signal, place), lambda tokens: debias(tokens.signal(signal), tokens.valid, tokens.signal(place))
+
+    def score(tokens: Tokens) -> Float[Tensor, "segments tokens"]:
+        return debias(tokens.signal(signal), tokens.valid, tokens.signal(place), tokens.signal(SHOWN))
+
+    return (signal, place, SHOWN), score
 
 
 def attention_from_last_row(layer: int, debias: Debias | None = None) -> Selector:

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from vlm.models.errors import ModelError
 from vlm.models.program.budget import Budget
+from vlm.models.program.debias import Debias
 from vlm.models.program.guide import FEW, SELF, FirstAnswers, Guide, importance_signal
 from vlm.models.program.program import Position, Program, cut, llm_before
 from vlm.models.program.select import top_by
@@ -28,7 +29,7 @@ class Sgl:
     exit: the early exit. In generation the guide answers first, greedily, and its answer stands where the mean of its
     confidence and its consistency is above this; the model, with whatever else acts on it, runs for the others only,
     and there the guide's whole answer has a say. few: visual tokens left to the guide for the consistency. The paper
-    sweeps the threshold; the released code logs the two numbers and never exits.
+    sweeps the threshold; the released code logs the two numbers and never exits. debias: as for FastV.
     """
 
     source: ClassVar[str] = "SGL (CVPR 2025), sections 3.2 and 3.3; official code"
@@ -43,16 +44,20 @@ class Sgl:
     position: Position = "keep"
     exit: float | None = None
     few: Budget = FEW
+    debias: Debias | None = None
 
     def program(self, facts: Facts) -> Program:
         layer = max(1, int(facts.layers * 0.4)) if self.layer is None else self.layer
         guide = self.guide.of(facts, "sgl")
         if self.exit is None:
             signal = importance_signal(guide, generated=self.generated, stop=self.stop, last_visual=self.last_visual)
-            return cut(facts, llm_before(layer), self.keep, top_by(signal), self.position)
+            return cut(facts, llm_before(layer), self.keep, top_by(signal, self.debias), self.position)
         if guide.model is None:
             raise ModelError("sgl: exit: expected a guide that answers first, a small model; found guide: self")
         first = FirstAnswers(
             guide, self.exit, self.few, last_visual=self.last_visual, generated=self.generated, stop=self.stop
         )
-        return (*cut(facts, llm_before(layer), self.keep, top_by(first.signal), self.position), *first.program)
+        return (
+            *cut(facts, llm_before(layer), self.keep, top_by(first.signal, self.debias), self.position),
+            *first.program,
+        )

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from vlm.models.program.budget import Budget
+from vlm.models.program.debias import Debias
 from vlm.models.program.program import VIT_OUT, Position, Program, Select, Selector, Tokens, cut, llm_before
 from vlm.models.program.reduce import Reduced, average_into_nearest
 from vlm.models.program.schedule import staged
@@ -26,7 +27,7 @@ class Vscan:
     default (16 of 32). early: block of the windows, 5 of 24 by default. window: its side in patches. local: share of
     the windows. attention: ``received`` ranks patches by what all tokens pay them, for encoders without a class token
     (the authors' form for Qwen2.5-VL). Dropped patches are averaged into kept ones before the connector (code: behind
-    it).
+    it). debias: of the second cut, as for FastV.
     """
 
     source: ClassVar[str] = "VScan (TMLR 2026), sections 3.1 and 3.2; official code"
@@ -40,6 +41,7 @@ class Vscan:
     local: float = 0.5
     attention: Literal["class", "received"] = "class"
     position: Position = "reindex"
+    debias: Debias | None = None
 
     def program(self, facts: Facts) -> Program:
         early = encoder_of(facts, "vscan").depth * 5 // 24 if self.early is None else self.early
@@ -58,5 +60,5 @@ class Vscan:
             return cut(facts, VIT_OUT, self.keep, selector, self.position)
         layer = max(1, facts.layers // 2) if self.layer is None else self.layer
         before, inside = staged(self.keep, facts, layer, 3)
-        second = Select(inside, top_by(Received(layer, ahead=True)), self.position)
+        second = Select(inside, top_by(Received(layer, ahead=True), self.debias), self.position)
         return ((VIT_OUT, Select(before, selector, self.position)), (llm_before(layer), second))

@@ -4,18 +4,29 @@ import math
 
 import pytest
 import torch
+from PIL import Image
 
+from vlm.data.images import ImageTransform
+from vlm.models.base import BaseVlm
+from vlm.models.errors import ModelError
+from vlm.models.program.attach import attach
+from vlm.models.program.budget import Budget
 from vlm.models.program.debias import (
     Debias,
     cubic_weight,
     exponential_weight,
     fit_position,
+    picture_share,
     raster_share,
     without_padding,
 )
 from vlm.models.program.program import Tokens
 from vlm.models.program.select import top_by
 from vlm.models.program.signals import PatchAttention, Signal
+from vlm.models.pruners.fastv import Fastv
+from vlm.models.pruners.pyramiddrop import Pyramiddrop
+from vlm.models.pruners.sgl import Sgl
+from vlm.models.pruners.sparsevlm import Sparsevlm
 
 
 def test_weights_fall_from_the_first_token_to_the_last():
@@ -74,7 +85,76 @@ def test_a_recipe_names_a_sigma_or_the_authors_weight(text, sigma):
     assert Debias.parse(text).sigma == sigma
 
 
-@pytest.mark.parametrize("text", ["-1", "padding", "inf", "nan", {"sigma": 2}])
+@pytest.mark.parametrize(
+    ("table", "sigma", "padding"),
+    [({"sigma": "1.5"}, 1.5, None), ({"padding": "0.5"}, 0, 0.5), ({"sigma": "fastv", "padding": 0.01}, None, 0.01)],
+)
+def test_a_table_names_weight_and_padding(table, sigma, padding):
+    assert Debias.parse(table) == Debias(sigma, padding)
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        ({"slope": 2}, "expected sigma, padding or both; found slope"),
+        ({}, "found nothing"),
+        ({"padding": 2}, "expected the share of a patch, above 0 and at most 1; found 2"),
+        ({"sigma": -1}, "expected the sigma of exp"),
+    ],
+)
+def test_another_table_is_refused(table, expected):
+    with pytest.raises(ValueError, match=expected):
+        Debias.parse(table)
+
+
+@pytest.mark.parametrize("least", [0.5, 0.01])
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (500, 333), (300, 300), (99, 1000)])
+def test_padding_is_read_from_the_pixels_that_the_transform_made(size, least):
+    width, height = size
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    transform = ImageTransform((336, 336), mean, std, "pad", "nearest")
+    noise = torch.randint(130, 255, (height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    share = picture_share(transform(Image.fromarray(noise.numpy()))[None], mean, std, (24, 24))
+    assert torch.equal(share[0] >= least - 1e-6, without_padding(height, width, 24, least).flatten())
+
+
+def test_padding_ranks_below_the_picture_and_stays_only_where_the_budget_is_larger(make_model, batch, alone):
+    model, inputs = make_model(), batch("tt#ttt", "t#t#tttt")
+    fill = torch.tensor(model.vision.image.mean).double()[:, None, None]
+    fill = ((fill * 255).round() / 255 - fill) / torch.tensor(model.vision.image.std).double()[:, None, None]
+    inputs.images[0, :, :16] = inputs.images[0, :, 32:] = fill  # rows 2 and 3 of 6 show the picture
+    inputs.images[2, :, :, :20] = fill  # columns 0 and 1 do not, and half of column 2
+    shown = torch.ones(3, 6, 6, dtype=torch.bool)
+    shown[0, :2] = shown[0, 4:] = shown[2, :, :2] = False
+
+    def kept(inputs, method):
+        with torch.no_grad(), attach(model, method.program(model.facts)):
+            layout = model(inputs).layout
+        return [
+            (layout.image[b] * 36 + layout.row[b] * 6 + layout.col[b])[layout.visual[b]].tolist()
+            for b in range(len(inputs.tokens))
+        ]
+
+    padded = Debias(0.0, 0.5)
+    for method in (Fastv, Pyramiddrop, Sgl, Sparsevlm):
+        for place in kept(inputs, method(Budget.parse(6), debias=padded)):
+            assert shown.flatten()[place].all()
+    found = kept(inputs, Fastv(Budget.parse(6), debias=padded))
+    assert found[0] == kept(alone(inputs, 0), Fastv(Budget.parse(6), debias=padded))[0]
+    assert not shown.flatten()[kept(inputs, Fastv(Budget.parse(6)))[0]].all()
+    [more, _] = kept(inputs, Fastv(Budget.parse(15), debias=padded))
+    assert len(more) == 15
+    assert set(torch.nonzero(shown[0].flatten())[:, 0].tolist()) <= set(more)
+
+
+def test_where_padding_cannot_be_told_it_is_refused():
+    with pytest.raises(ModelError, match="expected a cut inside the language model"):
+        top_by(PatchAttention(3), Debias(0.0, 0.5))
+    with pytest.raises(ModelError, match="expected a composed model"):
+        BaseVlm().picture_share(None)
+
+
+@pytest.mark.parametrize("text", ["-1", "padding", "inf", "nan"])
 def test_anything_else_is_refused(text):
     with pytest.raises(ValueError, match=r"expected the sigma of exp.* or fastv; found"):
         Debias.parse(text)
