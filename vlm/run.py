@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from vlm.build import build_model, build_tokenizer, for_evaluation, make_data
+from vlm.evaluation.during import watchers_of
 from vlm.evaluation.evaluate import evaluate
 from vlm.plan import programs_of, table
 from vlm.progress import Progress
@@ -85,7 +86,7 @@ def _train_and_evaluate(recipe: Recipe, folder: Path, parts: Sequence[str]) -> N
     model = build_model(recipe, tokenizer)
     programs_of(recipe, model.facts)  # a program that does not fit is refused before hours of training
     if "train" in parts:
-        train(recipe, model, tokenizer)
+        train(recipe, model, tokenizer, watchers_of(recipe, model, tokenizer))
     if "evaluate" in parts and is_first_rank():
         weights = trained_weights(recipe, model)
         if recipe.run.weights is not None or not recipe.stages:  # the folder of a run that trains has it from there

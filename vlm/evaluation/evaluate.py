@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vlm.build import build_encoder, decoder_of, program_of
 from vlm.create import create
-from vlm.data.benchmarks._shared.images import ImageSource
+from vlm.data.benchmarks._shared.images import ImageSource, check_images
 from vlm.evaluation.answer import Asker, Prompt
 from vlm.evaluation.classes import ClassAsker, asks_head, check_heads
 from vlm.evaluation.cost import prefill_seconds, prompt_cost
@@ -20,23 +21,40 @@ from vlm.evaluation.pictures import draw_pictures
 from vlm.models.base import BaseVlm
 from vlm.models.program.attach import attach
 from vlm.progress import Progress
-from vlm.recipe import Recipe
+from vlm.recipe import Recipe, RecipeError
 from vlm.recipe.schema import Comparison
 from vlm.training.train import versions
 
 
 class Bench:
-    """A benchmark opened: its questions, and who answers them: the model in words, or the head that was trained."""
+    """A benchmark opened: its questions, and who answers them: the model in words, or the head that was trained.
 
-    def __init__(self, recipe: Recipe, label: str, model: BaseVlm, tokenizer: PreTrainedTokenizerBase, weights: Path):
+    weights: the checkpoint with that head; None while it trains. limit: of questions, where the recipe has more.
+    Raises DataError for a benchmark that cannot be asked, and lists the pictures that are missing.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        label: str,
+        model: BaseVlm,
+        tokenizer: PreTrainedTokenizerBase,
+        weights: Path | None,
+        limit: int | None = None,
+    ):
         self.label = label
         self.benchmark: Any = create("benchmark", recipe.evaluate.benchmarks[label])
+        if limit is not None:
+            self.benchmark = replace(self.benchmark, limit=min(limit, self.benchmark.limit or limit))
         self.questions = self.benchmark.ask()
+        check_images(label, self.benchmark.images, self.questions)
         read = ImageSource(self.benchmark.images).read
         encoder, batch = build_encoder(recipe, model, tokenizer), recipe.evaluate.batch
         self.by_head = asks_head(self.benchmark)
         rest = model, tokenizer, encoder, read, batch, decoder_of(recipe)
-        self.ask = ClassAsker(recipe, weights, *rest) if self.by_head else Asker(*rest)
+        if self.by_head and weights is None:
+            raise RecipeError(f"evaluate.during: {label} asks the head of a checkpoint; name the other benchmarks")
+        self.ask = ClassAsker(recipe, weights, *rest) if self.by_head and weights else Asker(*rest)
         self.prompts = [Prompt(q.images, q.prompt, self.benchmark.max_new_tokens) for q in self.questions]
 
     @property

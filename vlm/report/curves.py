@@ -1,5 +1,6 @@
 """Which curves the page shows: training per stage, and hallucination by position in the caption."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 from vlm.report.charts import Chart, Line, draw
@@ -17,15 +18,21 @@ MEMBERS = 12  # methods in one chart: more lines cannot be told apart
 RATES = ("samples_per_s", "tokens_per_s", "data_wait_s")
 
 
-def training(stages: list[Stage]) -> Html:
-    """For each stage: loss, its own scalars (such as tag accuracy), learning rates, and how fast it went."""
+def training(stages: list[Stage], during: Sequence[Stage] = ()) -> Html:
+    """For each stage: loss, its own scalars (such as tag accuracy), learning rates, how fast it went, and the main
+    number of each benchmark that was asked ``during`` it."""
     if not stages:
         return Html("")
     words = "Thin lines are the values as they were logged, thick ones their mean over neighbouring steps."
-    return join([tag("p", words, class_="how"), *(_stage(stage) for stage in stages)])
+    return join(
+        [
+            tag("p", words, class_="how"),
+            *(_stage(stage, [d for d in during if d.number == stage.number]) for stage in stages),
+        ]
+    )
 
 
-def _stage(stage: Stage) -> Html:
+def _stage(stage: Stage, during: Sequence[Stage]) -> Html:
     curves = stage.curves
     rates = {name.removeprefix("lr."): values for name, values in curves.items() if name.startswith("lr.")}
     own = [name for name in curves if name not in ("loss", "seconds", "lr", *RATES) and not name.startswith("lr.")]
@@ -35,8 +42,25 @@ def _stage(stage: Stage) -> Html:
         only = f": {lines[0].label}" if len(lines) == 1 else ""
         charts.append(draw(Chart("learning rate" + only, "step", lines)))
     charts += [_curve(stage, name) for name in RATES if name in curves]
+    charts += [chart for judged in during for chart in _judged(judged)]
     heading = tag("h3", f"Stage {stage.number + 1}: {stage.name}", tag("small", f" {_length(stage)}"))
     return tag("section", heading, tag("div", *charts, class_="charts"), class_="stage")
+
+
+def _judged(stage: Stage) -> list[Html]:
+    """A chart for the main number of each benchmark: CHAIRs, accuracy, or the first that it reports."""
+    found: dict[str, list[str]] = {}
+    for name in stage.curves:
+        if name.startswith("metrics."):
+            benchmark, quantity = name.removeprefix("metrics.").split(".", 1)
+            found.setdefault(benchmark, []).append(quantity)
+    charts = []
+    for benchmark, quantities in found.items():
+        main = next((name for name in ("chair_s", "accuracy") if name in quantities), quantities[0])
+        heading = f"{title(benchmark, found)} {'' if main == 'chair_s' else main.replace('_', ' ')}".strip()
+        line = Line(heading, stage.steps, stage.curves[f"metrics.{benchmark}.{main}"])
+        charts.append(draw(Chart(f"{heading}, while training", "step", [line], dots=True)))
+    return charts
 
 
 def _curve(stage: Stage, name: str) -> Html:

@@ -38,7 +38,7 @@ def page(run: Run) -> str:
         ("comparison", "Comparison", _comparison(run)),
         ("position", "Hallucination by position", _position(run)),
         ("pictures", "Pictures", _pictures(run)),
-        ("training", "Training", curves.training(run.stages)),
+        ("training", "Training", curves.training(run.stages, run.during)),
         ("protocol", "How each number was made", tables.protocols(run.evaluation)),
         ("reproduce", "Reproduce", _reproduce(run)),
     ]

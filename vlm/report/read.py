@@ -51,6 +51,7 @@ class Run:
     evaluation: Evaluation = field(default_factory=Evaluation)
     pictures: tuple[Picture, ...] = ()
     notes: list[str] = field(default_factory=list)
+    during: list[Stage] = field(default_factory=list)  # benchmarks while training, one curve per number
 
 
 def read_run(folder: Path) -> Run:
@@ -65,7 +66,9 @@ def read_run(folder: Path) -> Run:
     evaluation = _json(Evaluation, folder / "evaluation.json", notes, "nothing was evaluated yet")
     pictures = _json(Pictures, folder / "pictures.json", notes, "there are no pictures")
     name = _recipe_name(recipe) or evaluation.name or folder.resolve().name
-    return Run(name, recipe, stages, evaluation, pictures.items, notes)
+    during = folder / "evaluations.jsonl"
+    judged = read_stages(_text(during, notes, ""), notes, during.name) if during.exists() else []
+    return Run(name, recipe, stages, evaluation, pictures.items, notes, judged)
 
 
 def _text(path: Path, notes: list[str], loss: str) -> str:
@@ -108,13 +111,13 @@ def _recipe_name(recipe: str) -> str:
     return str(tree.get("name") or "") if isinstance(tree, Mapping) else ""
 
 
-def read_stages(written: str, notes: list[str]) -> list[Stage]:
-    """The curves of each stage from the text of metrics.jsonl, in the order of the stages.
+def read_stages(written: str, notes: list[str], file: str = "metrics.jsonl") -> list[Stage]:
+    """The curves of each stage from the text of metrics.jsonl, or of another such ``file``, in the order of the stages.
 
     A last line without its newline that is not JSON was cut off by a kill: a note. A step that is logged again was
     run again after a resume: what the later lines say is what the model went through, so the earlier ones go.
     """
-    records = _records(written, notes)
+    records = _records(written, notes, file)
     kept: list[dict[str, Any]] = []
     resumed = False
     for record in records:
@@ -123,16 +126,16 @@ def read_stages(written: str, notes: list[str]) -> list[Stage]:
             resumed = True
             kept.pop()
         kept.append(record)
-    if resumed:
+    if resumed and file == "metrics.jsonl":
         notes.append("The run was resumed and ran some steps again; the curves show what was logged last.")
     numbers = sorted({record["stage"] for record in kept})
     stages = [_stage([record for record in kept if record["stage"] == number]) for number in numbers]
-    for stage in stages:
+    for stage in stages if file == "metrics.jsonl" else ():
         _note_gaps(stage, notes)
     return stages
 
 
-def _records(written: str, notes: list[str]) -> list[dict[str, Any]]:
+def _records(written: str, notes: list[str], file: str) -> list[dict[str, Any]]:
     records = []
     lines = written.split("\n")
     for number, line in enumerate(lines, 1):
@@ -142,19 +145,19 @@ def _records(written: str, notes: list[str]) -> list[dict[str, Any]]:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             if number == len(lines):
-                notes.append("The last line of metrics.jsonl is cut off (the run was stopped while writing it).")
+                notes.append(f"The last line of {file} is cut off (the run was stopped while writing it).")
                 break
-            raise ReportError(f"metrics.jsonl:{number}: expected one JSON object, {error.msg}") from None
-        records.append(_checked(record, number))
+            raise ReportError(f"{file}:{number}: expected one JSON object, {error.msg}") from None
+        records.append(_checked(record, number, file))
     return records
 
 
-def _checked(record: Any, number: int) -> dict[str, Any]:
+def _checked(record: Any, number: int, file: str) -> dict[str, Any]:
     if not isinstance(record, dict):
-        raise ReportError(f"metrics.jsonl:{number}: expected one JSON object, found {type(record).__name__}")
+        raise ReportError(f"{file}:{number}: expected one JSON object, found {type(record).__name__}")
     for key in ("stage", "step"):
         if type(record.get(key)) is not int:
-            raise ReportError(f"metrics.jsonl:{number}: {key}: expected a whole number, found {record.get(key)!r}")
+            raise ReportError(f"{file}:{number}: {key}: expected a whole number, found {record.get(key)!r}")
     return record
 
 

@@ -15,6 +15,7 @@ from vlm.data.errors import DataError
 from vlm.data.index import load_manifest
 from vlm.data.store import Store
 
+LISTED = 10  # missing images that an error names
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 
 
@@ -84,3 +85,21 @@ class ImageSource:
 def missing_images(images: str | Path, questions: Iterable[Question]) -> list[str]:
     """The keys that questions name and the source lacks, in order. Raises DataError where there is no such folder."""
     return ImageSource(images).missing(key for question in questions for key in question.images)
+
+
+def check_images(benchmark: str, images: str | Path, questions: Iterable[Question]) -> None:
+    """Refuse a benchmark some of whose pictures are missing, before the first question is asked.
+
+    A score over the others would be another number under the same name.
+
+    Raises:
+        DataError: how many of how many are missing, and the first of them by name.
+    """
+    asked = list(dict.fromkeys(key for question in questions for key in question.images))
+    missing = ImageSource(images).missing(asked) if asked else []
+    if missing:
+        more = f" and {len(missing) - LISTED} more" if len(missing) > LISTED else ""
+        raise DataError(
+            f"benchmark {benchmark}: {len(missing)} of {len(asked)} images are missing in {images}: "
+            f"{', '.join(missing[:LISTED])}{more}"
+        )
