@@ -25,7 +25,7 @@ run:
   global_batch: 32
 """
 
-STAGE_KEYS = "betas, clip, drop_image, global_batch, mix, name, objective, samples, schedule, steps, tokens, train"
+STAGE_KEYS = "betas, clip, drop_image, global_batch, mix, name, objective, pack, repeat, samples, schedule, steps, tokens, train"
 
 
 @pytest.fixture(autouse=True)
