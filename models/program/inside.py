@@ -37,7 +37,7 @@ def row_scores(
     heads, rows = q.shape[1:3]
     scale = q.shape[3] ** -0.5 if scale is None else scale
     grouped = (q.to(wide) * scale).unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # [B,KV,G*R,D]
-    scores = (grouped @ k.to(wide).transpose(2, 3)).view(len(q), heads, rows, -1)
+    scores = (grouped @ k.to(wide).transpose(2, 3)).view(len(q), heads, rows, k.shape[2])
     return scores.masked_fill(~visible[:, None], -torch.inf)
 
 
@@ -47,7 +47,7 @@ def mixed(
     """Values mixed by attention weights, in the type of the values."""
     heads, rows = weights.shape[1:3]
     grouped = weights.unflatten(1, (v.shape[1], -1)).flatten(2, 3)  # [B,KV,G*R,K]
-    return (grouped @ v.to(weights.dtype)).view(len(v), heads, rows, -1).to(v.dtype)
+    return (grouped @ v.to(weights.dtype)).view(len(v), heads, rows, v.shape[3]).to(v.dtype)
 
 
 def rescored(
