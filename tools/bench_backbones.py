@@ -219,6 +219,7 @@ def page(rows: list[str], arguments: argparse.Namespace, device: torch.device) -
         f"* {datetime.now(UTC):%Y-%m-%d}; {chip}; torch {torch.__version__}, timm {timm.__version__}, {dtype}",
         f"* Batch {arguments.batch}, {what}, random weights; medians of {arguments.repeats} repeats that take turns",
         "* Memory: the most above the weights. Times faster: ours by the peer in throughput, of pictures of that size",
+        *([f"* {arguments.note}"] if arguments.note else []),
         "",
         "| backbone | pixels | M parameters | images/s | MiB | nearest of timm | M parameters | images/s | MiB | times "
         "faster |",
@@ -249,6 +250,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="names of backbones, with commas")
     parser.add_argument("--all", action="store_true", help="every variant")
     parser.add_argument("--train", action="store_true", help="a training step instead of a forward pass")
+    parser.add_argument("--note", default="", help="a line about the run, for the page")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
