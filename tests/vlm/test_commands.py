@@ -77,8 +77,8 @@ def test_help_imports_nothing_heavy():
         (("rnu", "x.yaml"),
          "rnu is no command of vlm; did you mean 'run'? Known: run, train, evaluate, report, plan, data, "
          "generate, export, methods, kernels, doctor"),
-        (("data", "mak"), "mak is no command of vlm data; did you mean 'make'? Known: make, pack, index, check, show, "
-         "score"),
+        (("data", "mak"), "mak is no command of vlm data; did you mean 'make'? Known: make, pack, make-pairs, index, "
+         "index-captions, check, show, score"),
         ((), "the following arguments are required: COMMAND"),
         (("plan",), "the following arguments are required: RECIPE"),
         (("plan", "x.yaml", "--fast"), "--fast is no argument of vlm plan; see vlm plan --help"),

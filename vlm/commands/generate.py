@@ -14,6 +14,8 @@ def add(commands: Any) -> None:
     parser.add_argument("image", metavar="IMAGE", type=Path)
     parser.add_argument("prompt", metavar="PROMPT")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="the answer is cut there (64)")
+    parser.add_argument("--show", type=Path, metavar="PNG", help="draw where --phrase of the answer looks")
+    parser.add_argument("--phrase", metavar="WORDS", help="of the answer; all of it by default")
     add_overrides(parser, "change the recipe, such as prune.use=fastv prune.keep=25%%")
     parser.set_defaults(call=_generate)
 
@@ -22,4 +24,5 @@ def _generate(arguments: argparse.Namespace) -> None:
     recipe = load(arguments)
     from vlm.generate import generate
 
-    print(generate(recipe, arguments.image, arguments.prompt, max_new_tokens=arguments.max_new_tokens))
+    shown = {} if arguments.show is None else {"show": arguments.show, "phrase": arguments.phrase}
+    print(generate(recipe, arguments.image, arguments.prompt, max_new_tokens=arguments.max_new_tokens, **shown))
