@@ -114,7 +114,47 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     language.save_pretrained(folder / "language")
     for kind in WHOLE:
         whole_stand_in(kind, folder)
+    pair_stand_in(folder)
     return folder
+
+
+def pair_stand_in(folder: Path) -> None:
+    """Preference pairs in ``folder / "pairs"``: the answer to the first question of a scene, and that of another."""
+    from dataclasses import replace
+
+    from vlm.data.index import load_manifest
+    from vlm.data.store import Store
+    from vlm.data.write import write_shards
+
+    samples = list(Store(load_manifest(folder / "scenes/train")))
+    given = zip(samples, samples[7:] + samples[:7], strict=True)
+    pairs = [
+        replace(one, messages=one.messages[:2], rejected=(replace(other.messages[1], weight=1.0),))
+        for one, other in given
+        if one.messages[1].content != other.messages[1].content
+    ]
+    write_shards(pairs, folder / "pairs")
+
+
+def start_stand_in(recipe: Any, folder: Path) -> list[str]:
+    """Overrides that begin a recipe with a run of its model that has just begun, and its pairs as stand-ins."""
+    from vlm.recipe import Recipe
+    from vlm.run import run
+
+    tokenizer = f"model.language.tokenizer={folder / 'scenes/tokenizer'}"
+    start = folder / f"{recipe.name}-start"
+    if not start.exists():
+        model = {**recipe.model.plain(), "weights": None}
+        model["language"] = {**model["language"], "tokenizer": str(folder / "scenes/tokenizer")}
+        stage = {"name": "one", "mix": {"scenes": 1}, "steps": 1, "train": {"connector": {"lr": 1e-3}}}
+        sources = {"scenes": {"shards": str(folder / "scenes/train")}}
+        plain = {"recipe": 1, "name": "start", "model": model, "data": {"sources": sources, "workers": 0}}
+        run(
+            Recipe.model_validate({**plain, "stages": [stage], "run": {"dir": str(start), "global_batch": 6}}),
+            ("train",),
+        )
+    words = [tokenizer, f"model.weights={start}"]
+    return words + [f"data.sources.{name}.shards={folder / 'pairs'}" for name in recipe.data.sources]
 
 
 # Whole models: what stands for an image in a chat, the template around it, and the end of an answer where there is one.
@@ -189,19 +229,27 @@ def whole_stand_in(kind: str, folder: Path) -> None:
 
 def from_stand_ins(recipe: Any, folder: Path) -> list[str]:
     """Overrides that put the stand-ins in the places of what a recipe would fetch."""
-    if recipe.model.origin is not None:
+    if recipe.model.weights is not None:
+        words = start_stand_in(recipe, folder)
+    elif recipe.model.origin is not None:
         words = [f"model.from.name={folder / 'qwen2_5_vl'}"]
     else:
         kind = next(kind for kind in ("siglip", "clip") if kind in recipe.model.vision.options["name"])
         words = [f"model.vision.name={folder / kind}", f"model.language.name={folder / 'language'}"]
     words += ["data.workers=1"]
-    words += [f"data.sources.{name}.shards={folder / 'scenes/train'}" for name in recipe.data.sources]
+    if recipe.model.weights is None:
+        words += [f"data.sources.{name}.shards={folder / 'scenes/train'}" for name in recipe.data.sources]
     benchmarks = folder / "scenes/benchmarks"
     splits = [str(benchmarks / f"pope_{split}.json") for split in ("random", "popular", "adversarial")]
     files = {"pope": {"questions": splits}}
+    files["chair_counterfactual"] = {
+        "truth": str(benchmarks / "chair_counterfactual.json"),
+        "synonyms": str(benchmarks / "synonyms.txt"),
+    }
     files["chair"] = {"truth": str(benchmarks / "chair.json"), "synonyms": str(benchmarks / "synonyms.txt")}
     for label in recipe.evaluate.benchmarks:
-        options = files[label] | {"images": str(folder / "scenes/test")}
+        images = "counterfactual" if label.endswith("counterfactual") else "test"
+        options = files[label] | {"images": str(folder / "scenes" / images)}
         words += [f"evaluate.benchmarks.{label}.{key}={value}" for key, value in options.items()]
     return words + ["evaluate.benchmarks.chair.max_new_tokens=16"] * ("chair" in recipe.evaluate.benchmarks)
 
