@@ -60,7 +60,9 @@ def _part(logits: Logits, hidden: Tensor, target: Tensor, weight: Tensor) -> Flo
 def _liger() -> Any:
     """Liger's fused head and loss, None where it is not installed."""
     try:
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+        from liger_kernel.transformers.functional import (  # type: ignore[import-not-found]  # optional
+            liger_fused_linear_cross_entropy,
+        )
     except ImportError:
         return None
     return liger_fused_linear_cross_entropy

@@ -29,7 +29,8 @@ class PretrainedInputs(NamedTuple):
     """A batch as a Hugging Face processor makes it: an image stands in ``tokens`` as often as it has visual tokens.
 
     visual marks those places. types are the processor's ``token_type_ids``, for the families that go by them. media
-    are its tensors about images, whatever they are called. Images come in the order of their places.
+    are its tensors about images, whatever they are called. Images come in the order of their places. pack: which
+    sequence of the decoder each row goes into (see :mod:`vlm.models.pack`); None: one each.
     """
 
     tokens: Int[Tensor, "batch length"]
@@ -38,6 +39,7 @@ class PretrainedInputs(NamedTuple):
     media: Mapping[str, Tensor] = MappingProxyType({})
     types: Int[Tensor, "batch length"] | None = None
     keys: Sequence[str] = ()
+    pack: Int[Tensor, " batch"] | None = None
 
     def take(self, keep: Bool[Tensor, "batch length"], side: Side) -> "PretrainedInputs":
         """The places to keep of every row, in order, padded on ``side``."""
@@ -287,7 +289,7 @@ class PretrainedVlm(BaseVlm):
     def _mask(self, embeds: Tensor, run: Run, cache: DynamicCache | None) -> Any:
         layout = run.layouts[0]
         plain = super()._mask(embeds, run, cache)
-        if layout.block is None or not run.prompt:
+        if layout.block is None or not run.prompt or run.packed:
             return plain
         return self.model.create_masks_for_generate(
             self.model.config, embeds, plain, cache, layout.position, token_type_ids=self.family.mask_types(layout)
@@ -343,7 +345,7 @@ def _add_deep(level: int, module: Any, args: tuple, kwargs: dict[str, Any], hidd
     if run is None or not run.prompt or not run.deep:
         return None
     layout = run.layouts[run.stage(level)]
-    visual, source = layout.visual, layout.source[..., None].expand(-1, -1, hidden.shape[2])
+    visual = layout.visual
     added = hidden.clone()
-    added[visual] = hidden[visual] + run.deep[level].gather(1, source)[visual].to(hidden)
+    added[visual] = hidden[visual] + run.deep[level][layout.sample[visual], layout.source[visual]].to(hidden)
     return added

@@ -30,6 +30,8 @@ class Inputs(NamedTuple):
 
     tiles: for images that come in several views: rows and columns of each image's tiles, height and width of its
     picture in pixels (any unit will do). ``images`` then holds, image by image, the whole and its tiles row by row.
+
+    pack: which sequence of the decoder each row goes into (see :mod:`vlm.models.pack`); None: one each.
     """
 
     tokens: Int[Tensor, "batch length"]
@@ -38,6 +40,7 @@ class Inputs(NamedTuple):
     owner: Int[Tensor, " images"]
     keys: Sequence[str] = ()
     tiles: Int[Tensor, "images 4"] | None = None
+    pack: Int[Tensor, " batch"] | None = None
 
     def without_images(self) -> "Inputs":
         """The same prompts with their images removed, placeholders included."""

@@ -36,6 +36,7 @@ from vlm.models.program.select import even_stride
 from vlm.models.pruners.divprune import Divprune
 from vlm.models.pruners.fastv import Fastv
 from vlm.models.pruners.random import Random
+from vlm.packing import ProcessedSize, VisualTokens
 from vlm.processed import CollateProcessed, ProcessorEncoder
 
 # every letter is a word, # an image; different lengths, 0 to 2 images
@@ -412,7 +413,69 @@ def sample_of(row: str, first: int) -> Sample:
     return Sample(f"row/{first}", tuple(messages), tuple(media), ("png",) * len(media))
 
 
+@torch.enable_grad()
+def packed_samples_equal_samples_alone(case: Case) -> None:
+    """Logits and gradients of two packs of samples are those of the samples alone, and nobody sees a neighbour."""
+    model = case.ours.double()
+    eager = model.language.config._attn_implementation == "eager"  # it takes its softmax in float32
+    near: Any = {"rtol": 0, "atol": 1e-5 if eager else 1e-10}
+    rows = ROWS if not case.needs_images else ("ab#c", "#de", "#fghij#k")
+    try:
+        inputs = model.inputs(case.batch(rows, double=True))
+        numbers = torch.arange(inputs.tokens.numel()).view_as(inputs.tokens)
+        weights = (1.0 + numbers % 3) * inputs.valid
+        weights[:, 0] = 0.0
+        packed = model(inputs._replace(pack=torch.tensor([0, 0, 1])), weights)
+        packed.loss.backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad(set_to_none=True)
+        total = 0.0
+        for row, text in enumerate(rows):
+            one = model.inputs(case.batch([text], double=True))
+            alone = model(one, weights[row : row + 1, : one.tokens.shape[1]])
+            alone.loss.backward()
+            total += float(alone.loss)
+            mine = packed.layout.sample == row
+            assert packed.layout.source[mine].tolist() == list(range(one.tokens.shape[1]))
+            torch.testing.assert_close(packed.hidden[mine], alone.hidden[0], **near)
+        torch.testing.assert_close(packed.loss, packed.loss.new_tensor(total), rtol=1e-6, atol=0)
+        assert grads.keys() == {name for name, p in model.named_parameters() if p.grad is not None}
+        for name, p in model.named_parameters():
+            if p.grad is not None:
+                size = max(float(p.grad.abs().max()), 1.0)  # the loss itself is added up in single precision
+                torch.testing.assert_close(grads[name], p.grad, rtol=0, atol=1e-4 * size if eager else 1e-6 * size)
+        other = inputs._replace(tokens=inputs.tokens.clone())
+        other.tokens[0, 0] += 1
+        changed = model(other._replace(pack=torch.tensor([0, 0, 1])))
+        assert torch.equal(changed.hidden[packed.layout.sample > 0], packed.hidden[packed.layout.sample > 0])
+        assert not torch.equal(changed.hidden, packed.hidden)
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.float()
+
+
+def sizes_are_told_without_the_pictures(case: Case) -> None:
+    """What packing measures with blank images is what the samples take up, also when sizes are known already."""
+    processor = copy(case.processor)
+    suffix = "suffix" in inspect.signature(type(processor).__call__).parameters
+    if not suffix:
+        processor.chat_template = TURNS.replace("PLACEHOLDER", case.placeholder)
+    rows = [row for row in SAMPLES if not suffix or (row.count("/") == 1 and "#" in row)]
+    encoder = ProcessorEncoder(processor, case.ours.family.image_token, (2,))
+    measure = ProcessedSize(encoder, VisualTokens((), 2), 8)
+    for again in range(2):
+        for n, row in enumerate(rows):
+            sample, draw = sample_of(row if not again else row[:-1] + "nop", n), Draw(n, 0, 0)
+            example = encoder(sample, draw)
+            shown = [Image.open(io.BytesIO(content)).size for content in sample.media]
+            size = measure(sample, shown, draw)
+            assert (size.tokens, size.length) == (len(example.tokens), len(example.tokens)), row
+            assert (size.patches > 0) == bool(shown)
+
+
 CHECKS = [
+    sizes_are_told_without_the_pictures,
+    packed_samples_equal_samples_alone,
     samples_become_what_the_processor_makes_of_their_text,
     every_trained_weight_gets_a_gradient,
     every_weight_has_one_role,
