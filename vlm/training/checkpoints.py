@@ -15,7 +15,9 @@ from lightning.pytorch.plugins import CheckpointIO
 
 from vlm.models.base import BaseVlm
 from vlm.models.lora import is_adapter
-from vlm.recipe import Recipe
+from vlm.recipe import Recipe, RecipeError
+from vlm.recipe.load import check as check_tree
+from vlm.recipe.tree import parse, stamp
 from vlm.training.errors import TrainingError
 
 NAME = re.compile(r"stage(\d+)-(.+)-step(\d{8})\.ckpt")
@@ -145,7 +147,8 @@ def _load(path: Path) -> Any:
 
 
 def check_recipe(content: dict[str, Any], path: Path, identity: dict[str, Any]) -> None:
-    """Refuse a checkpoint of another recipe, naming the first keys that differ.
+    """Refuse a checkpoint of another recipe, naming the first keys that differ. A key that was not there yet when
+    it was written counts as its default.
 
     Raises TrainingError: what the checkpoint was trained with and what this recipe says.
     """
@@ -155,6 +158,9 @@ def check_recipe(content: dict[str, Any], path: Path, identity: dict[str, Any]) 
         return
     if saved is None:
         raise TrainingError(f"checkpoint {path} holds no recipe; expected one that this project wrote")
+    saved = _read_today(recipe["resolved"], path, saved)
+    if saved == identity:
+        return
     differences = [
         key for key in sorted({*flat(saved), *flat(identity)}) if flat(saved).get(key) != flat(identity).get(key)
     ]
@@ -164,6 +170,14 @@ def check_recipe(content: dict[str, Any], path: Path, identity: dict[str, Any]) 
         f"checkpoint {path} belongs to another recipe: expected {key} = {flat(identity).get(key)!r}, "
         f"found {flat(saved).get(key)!r}{more}; choose another run.dir or run.resume=never"
     )
+
+
+def _read_today(resolved: str, path: Path, saved: dict[str, Any]) -> dict[str, Any]:
+    """The identity of a recipe as it would be written today; as it was ``saved`` where today's keys are others."""
+    try:
+        return check_tree(stamp(parse(resolved, path.name)), path.name).identity()
+    except RecipeError:
+        return saved
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:

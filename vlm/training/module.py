@@ -23,6 +23,7 @@ from vlm.training.loss import Loss
 from vlm.training.memory import recompute_frozen
 from vlm.training.ranks import total
 from vlm.training.sharding import Sharded, gathered, local
+from vlm.training.zero import Zero
 
 ASK_EVERY = 10  # steps
 
@@ -108,13 +109,19 @@ class TrainingModule(LightningModule):
         self.step = micro.step
         # Lightning divides by the accumulation and DDP by the number of ranks; the window's weight is global.
         scale = accumulate * self.trainer.world_size / self.window_weight if self.window_weight else 0.0
+        if isinstance(self.trainer.strategy, Zero):
+            scale *= accumulate  # DeepSpeed divides by it once more
         # An infinite loss may have finite gradients; NaN ones tell every rank.
         return loss.value * torch.where(loss.value.detach().isfinite(), scale, torch.nan)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Stop at a gradient that is not finite, on all ranks at once and before it spoils the weights."""
-        norm = self.grad_norm = float(gathered(torch.nn.utils.get_total_norm(self._gradients())))
         window, self.window = self.window, []
+        if isinstance(self.trainer.strategy, Zero):  # which keeps gradients to itself: their loss tells, on all ranks
+            broken_here = sum(not loss.isfinite() for loss, _ in window)
+            norm = math.nan if total([float(broken_here)])[0] else 0.0
+        else:
+            norm = self.grad_norm = float(gathered(torch.nn.utils.get_total_norm(self._gradients())))
         if math.isfinite(norm):
             return
         broken = gather([key for loss, keys in window if not loss.isfinite() for key in keys])

@@ -132,6 +132,11 @@ def as_shard(whole: Tensor, like: Tensor) -> Tensor:
 
 def gathered(value: Tensor) -> Tensor:
     """The whole of a tensor that may be sharded: called on all ranks, in the same order."""
+    if hasattr(value, "ds_id"):  # DeepSpeed's stage 3 took it apart
+        from deepspeed.zero import GatheredParameters  # pyright: ignore[reportMissingImports]
+
+        with GatheredParameters([value]):
+            return value.detach().clone()
     return value.detach().full_tensor() if isinstance(value, DTensor) else value.detach()
 
 

@@ -8,6 +8,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from vlm.recipe.schema import Run
 from vlm.training.sharding import Sharded
+from vlm.training.zero import zero_strategy
 
 SHARDED = ("fsdp2", "zero1", "zero2", "zero3")  # they take a model's parameters apart
 
@@ -29,4 +30,6 @@ def strategy(run: Run) -> Any:
         return DDPStrategy(process_group_backend=backend())
     if run.parallel == "fsdp2":
         return Sharded(run.world, backend())
+    if run.parallel != "single":
+        return zero_strategy(run)
     return "auto"

@@ -6,13 +6,14 @@ import os
 import shutil
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from transformers import PreTrainedTokenizerBase
 
 from vlm.build import build_collate, build_encoder
@@ -41,6 +42,7 @@ from vlm.training.sharding import working_copy, write_back
 from vlm.training.stages import check_stage, wants_pairs
 from vlm.training.stop import Stop
 from vlm.training.strategy import SHARDED, environment, strategy
+from vlm.training.zero import check_zero
 
 # Lightning advertises and counts devices at every fit; what a user needs to see is in our own progress and audit.
 for _library in ("lightning.pytorch", "lightning.fabric"):
@@ -52,6 +54,8 @@ warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec", mod
 
 # Set in every process by a launcher from outside; Lightning's own launcher starts the others after the data are made.
 OUTSIDE_RANKS = ("RANK", "SLURM_PROCID")
+
+LOGS = ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl")  # a line for a step of a stage
 
 PACKAGES = ("torch", "transformers", "peft", "lightning", "timm", "webdataset", "vlm-recipes")
 
@@ -66,6 +70,9 @@ class Sources(NamedTuple):
     def tags(self) -> tuple[str, ...]:
         """Every tag of every source, sorted."""
         return tuple(sorted({tag for manifest in self.manifests.values() for tag in manifest.tags}))
+
+
+Watchers = Callable[[int, int], list[Callback]]
 
 
 def open_sources(recipe: Recipe) -> Sources:
@@ -84,11 +91,16 @@ def is_first_rank() -> bool:
     return next((int(os.environ[name]) for name in (*OUTSIDE_RANKS, "LOCAL_RANK") if name in os.environ), 0) == 0
 
 
-def train(recipe: Recipe, model: BaseVlm, tokenizer: PreTrainedTokenizerBase) -> None:
+def train(
+    recipe: Recipe, model: BaseVlm, tokenizer: PreTrainedTokenizerBase, watchers: Watchers = lambda stage, steps: []
+) -> None:
     """Train every stage that is not done yet; ``model`` then holds the trained weights.
+
+    watchers: callbacks besides our own, for the number of a stage and its steps.
 
     Raises TrainingError for a checkpoint of another recipe, a full disk or a loss that is not finite.
     """
+    check_zero(recipe.run)
     folder = Path(recipe.run.dir) / "checkpoints"
     folder.parent.mkdir(parents=True, exist_ok=True)
     start = _where_to_start(recipe, folder)
@@ -112,7 +124,7 @@ def train(recipe: Recipe, model: BaseVlm, tokenizer: PreTrainedTokenizerBase) ->
         if start is not None and start.stage > number:
             continue
         resumed = start if start is not None and start.stage == number else None
-        _train_stage(recipe, number, stage, model, tokenizer, sources, resumed)
+        _train_stage(recipe, number, stage, model, tokenizer, sources, resumed, watchers)
 
 
 def _where_to_start(recipe: Recipe, folder: Path) -> checkpoints.Checkpoint | None:
@@ -125,7 +137,7 @@ def _where_to_start(recipe: Recipe, folder: Path) -> checkpoints.Checkpoint | No
 def _clear(folder: Path) -> None:
     """A run from the start leaves nothing of an earlier run that could be taken for its own."""
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    for name in ("metrics.jsonl", "samples.jsonl", "evaluation.json", "pictures.json", "report.html"):
+    for name in (*LOGS, "evaluation.json", "pictures.json", "report.html"):
         (folder / name).unlink(missing_ok=True)
     for path in folder.glob(REFERENCE.format("*")):
         path.unlink()
@@ -173,6 +185,7 @@ def _train_stage(
     tokenizer: PreTrainedTokenizerBase,
     sources: Sources,
     resumed: checkpoints.Checkpoint | None,
+    watchers: Watchers,
 ) -> None:
     global_batch = stage.global_batch or recipe.run.global_batch
     encoder = build_encoder(recipe, model, tokenizer, stage.drop_image)
@@ -222,6 +235,7 @@ def _train_stage(
     weights = list(stage.mix.values())
     data = StageData(stores, weights, encoder, collate, layout, tolerance, packing, stage.repeat is not None)
     trainer = _trainer(recipe, number, stage, steps, accumulate, resumed)
+    trainer.callbacks.extend(watchers(number, steps))  # type: ignore[attr-defined]
     if isinstance(encoder, PairEncoder) and built.needs_start:
         pairs = Pairs(stores, weights, encoder, collate, layout, stage.repeat is not None)
         about = {"recipe": recipe.identity_hash(), "data": {name: sources.manifests[name].hash for name in stage.mix}}
@@ -259,7 +273,7 @@ def _trainer(
     done = resumed.step if resumed else 0
     first = is_first_rank()
     if first:
-        for log in ("metrics.jsonl", "samples.jsonl"):
+        for log in LOGS:
             keep_lines_before(folder / log, number, done)
     title = f"stage {number + 1}/{len(recipe.stages)} {stage.name}"
     progress = Progress(title, steps, quiet=not first, start=done)
