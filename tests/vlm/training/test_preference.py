@@ -106,7 +106,8 @@ def test_micro_batches_change_nothing(stage: str, dpo: Any) -> None:
 
 
 def test_only_adapters_train_and_the_rest_is_what_the_other_run_learned(dpo: Any, base: Any) -> None:
-    before = torch.load(max((base[1] / "checkpoints").glob("*.ckpt")), weights_only=True)["state_dict"]
+    newest = max((base[1] / "checkpoints").glob("*.ckpt"))
+    before = torch.load(newest, weights_only=True)["state_dict"]
     after = weights(dpo(ADAPTER))
     for name, value in after.items():
         if not is_adapter(name):
