@@ -48,7 +48,7 @@ def _draw(show: Path, image: Path, asker: Asker, asked: Prompt, answer: str, phr
     if not phrase or start < 0:
         raise DataError(f"--phrase: expected words of the answer {answer!r}, found {phrase!r}")
     ids = asker.tokenizer.encode(answer, add_special_tokens=False)
-    texts = [asker.tokenizer.decode(ids[:count]) for count in range(len(ids) + 1)]
+    texts = [str(asker.tokenizer.decode(ids[:count])) for count in range(len(ids) + 1)]
     ends = [len(text) for text in texts]
     chosen = [n for n in range(len(ids)) if ends[n] < start + len(phrase) and ends[n + 1] > start]
     words = [texts[n + 1][ends[n] :] for n in range(len(ids))]
@@ -63,5 +63,7 @@ def framed(picture: Image.Image, resize: str) -> Image.Image:
     """The part of a picture that the encoder's square shows, in the picture's own resolution."""
     width, height = picture.size
     if resize == "crop":
-        return ImageOps.fit(picture, (min(width, height),) * 2)
-    return ImageOps.pad(picture, (max(width, height),) * 2) if resize == "pad" else picture
+        side = min(width, height)
+        return ImageOps.fit(picture, (side, side))
+    side = max(width, height)
+    return ImageOps.pad(picture, (side, side)) if resize == "pad" else picture

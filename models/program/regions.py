@@ -58,7 +58,7 @@ def keep_regions(scores: Float[Tensor, "height width"], top: float, count: int) 
 def box_of(mask: Bool[Tensor, "height width"]) -> tuple[int, int, int, int]:
     """Top, left, bottom and right (both exclusive) of what is marked; the whole of an empty mask."""
     if not bool(mask.any()):
-        return 0, 0, *mask.shape
+        return 0, 0, mask.shape[0], mask.shape[1]
     rows, cols = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
     return int(rows[0]), int(cols[0]), int(rows[-1]) + 1, int(cols[-1]) + 1
 

@@ -5,7 +5,6 @@ Source: Active Retrieval Augmentation (arXiv 2408.00555), section 3; without rel
 
 import hashlib
 import json
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -33,7 +32,7 @@ class Captions(NamedTuple):
     """features: of each picture, as :func:`image_features` makes them. texts: its caption. encoder: whose features."""
 
     features: Float[Tensor, "pictures width"]
-    texts: Sequence[str]
+    texts: list[str]
     encoder: str
 
     def save(self, path: Path) -> None:
@@ -50,7 +49,8 @@ class Captions(NamedTuple):
         mean = self.features.mean(0) if len(self.features) > 1 else torch.zeros_like(self.features[0])
         own, other = (torch.nn.functional.normalize(x - mean, dim=-1) for x in (self.features, features.to(mean)))
         order = (other @ own.T).amax(0).argsort(descending=True, stable=True).tolist()
-        return list(dict.fromkeys(self.texts[place] for place in order))[:count]
+        ranked: list[str] = [self.texts[place] for place in order]
+        return list(dict.fromkeys(ranked))[:count]
 
 
 @lru_cache(maxsize=4)

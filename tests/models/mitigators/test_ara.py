@@ -39,7 +39,7 @@ def index(model, tmp_path, batch) -> str:
     own = image_features(model, batch(*ROWS, side="left"))
     noise = torch.randn(5, own.shape[1], generator=torch.Generator().manual_seed(1)) * own.std()
     noise[1], noise[3] = own[0], own[2]
-    Captions(noise, TEXTS, encoder_of(model)).save(path)
+    Captions(noise, list(TEXTS), encoder_of(model)).save(path)
     return str(path)
 
 
