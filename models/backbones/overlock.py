@@ -13,6 +13,7 @@ from vlm.kernels.neighborhood import neighborhood_aggregate, neighborhood_bias
 from vlm.models.backbone import BackboneEncoder
 
 Map = Float[Tensor, "n dim rows cols"]
+Context = Float[Tensor, "n context rows cols"]
 
 # Small kernels beside a large one, with their dilations; none reaches beyond it.
 _BRANCHES = {
@@ -215,7 +216,7 @@ class ContMixBlock(nn.Module):
         self.ls1, self.ls2 = ChannelScale(whole), ChannelScale(whole)
         self.drop_path = DropPath(drop)
 
-    def forward(self, x: Map, h: Map, overview: Map) -> tuple[Map, Map]:
+    def forward(self, x: Map, h: Context, overview: Context) -> tuple[Map, Context]:
         """The map, its context and the overview at its size to the map and its context."""
         if not self.first:
             h = self.x_scale(h) + self.h_scale(overview)
@@ -229,7 +230,7 @@ class ContMixBlock(nn.Module):
         x, h = whole.split([self.dim, self.context], 1)
         return x, h
 
-    def mix(self, x: Map, z: Map) -> Map:
+    def mix(self, x: Map, z: Float[Tensor, "n whole rows cols"]) -> Map:
         """The values ``x`` summed with the kernels that ``z``, map and context, makes.
 
         A map smaller than the large window is enlarged for it and its sums are averaged back.
@@ -283,7 +284,7 @@ class FocusDownsampler(nn.Module):
         super().__init__()
         self.x_proj, self.h_proj = _halving(inputs, dim), _halving(context, context)
 
-    def forward(self, x: Map, h: Map) -> tuple[Map, Map]:
+    def forward(self, x: Map, h: Context) -> tuple[Tensor, Tensor]:
         return self.x_proj(x), self.h_proj(h)
 
 
@@ -348,7 +349,7 @@ class OverlockNet(nn.Module):
         )
         self.apply(_init)
 
-    def maps(self, images: Map) -> Iterator[Map]:
+    def maps(self, images: Float[Tensor, "n 3 height width"]) -> Iterator[Map]:
         x = self._base(1, images)
         yield x
         x = self._base(2, x)
@@ -364,7 +365,7 @@ class OverlockNet(nn.Module):
                 x, h = block(x, h, guide)
             yield torch.cat([x, h], 1)
 
-    def _base(self, stage: int, x: Map) -> Map:
+    def _base(self, stage: int, x: Map) -> Tensor:
         x = self.get_submodule(f"patch_embed{stage}")(x)
         for block in self._list(f"blocks{stage}"):
             x = block(x)
@@ -374,14 +375,14 @@ class OverlockNet(nn.Module):
         return self.get_submodule(name)
 
     @staticmethod
-    def _enlarged(x: Map, like: Map) -> Map:
+    def _enlarged(x: Map, like: Tensor) -> Tensor:
         return F.interpolate(x, size=like.shape[2:], mode="bilinear", align_corners=False)
 
-    def forward(self, images: Map) -> Float[Tensor, "n classes"]:
+    def forward(self, images: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n classes"]:
         *_, last = self.maps(images)
         return self.head(last).flatten(1)
 
-    def auxiliary(self, images: Map) -> Float[Tensor, "n classes"]:
+    def auxiliary(self, images: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n classes"]:
         """What the overview alone says; 0.4 of its loss is added in the published training."""
         x = images
         for stage in (1, 2, 3, 4):

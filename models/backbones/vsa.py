@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from vlm.models.backbone import BackboneEncoder, init_linear, relative_offsets
 
 Map = Float[Tensor, "n dim rows cols"]
+Out = Float[Tensor, "n outputs new_rows new_cols"]  # of another width or size than the map it was made of
 
 
 class VariedSizeWindowAttention(nn.Module):
@@ -43,7 +44,7 @@ class VariedSizeWindowAttention(nn.Module):
             nn.init.zeros_(predictor[2].weight)
             nn.init.zeros_(predictor[2].bias)
 
-    def forward(self, x: Map) -> Map:
+    def forward(self, x: Map) -> Float[Tensor, "n outputs rows cols"]:
         rows, cols = x.shape[2:]
         fill = (0, -cols % self.window, 0, -rows % self.window)
         places = self.places(F.pad(x, fill), rows, cols)  # [N*heads,Rows,Cols,2]
@@ -116,7 +117,7 @@ class PyramidReduction(nn.Module):
                 nn.Sequential(nn.Conv2d(inputs, width, kernel, stride, padding, dilation=dilation), nn.GELU())
             )
 
-    def forward(self, x: Map) -> Map:
+    def forward(self, x: Map) -> Out:
         return torch.cat([conv(x) for conv in self.convs], 1)
 
 
@@ -145,7 +146,7 @@ class ReductionCell(nn.Module):
         self.attn = VariedSizeWindowAttention(pyramid, dim, heads)
         self.mlp = Mlp(dim, dim)
 
-    def forward(self, x: Map) -> Map:
+    def forward(self, x: Map) -> Out:
         x = F.pad(x, (0, -x.shape[3] % self.ratio, 0, -x.shape[2] % self.ratio))
         pyramid = self.PRM(x)
         found = self.attn(_image(self.norm1(_tokens(pyramid + self.pos(pyramid))))) + self.PCM(x)
@@ -230,7 +231,7 @@ class Vitaev2Net(nn.Module):
                 if isinstance(module, VariedSizeWindowAttention):
                     module.zero_predictors()
 
-    def maps(self, images: Map) -> Iterator[Map]:
+    def maps(self, images: Float[Tensor, "n 3 height width"]) -> Iterator[Map]:
         x, steps = images, self.layers
         stages: Any = steps
         for stage in stages:
@@ -239,7 +240,7 @@ class Vitaev2Net(nn.Module):
                 x = cell(x)
             yield x
 
-    def forward(self, images: Map) -> Float[Tensor, "n classes"]:
+    def forward(self, images: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n classes"]:
         *_, last = self.maps(images)
         return self.head(last.mean((2, 3)))
 
