@@ -83,7 +83,7 @@ def test_help_imports_nothing_heavy():
         (("plan",), "the following arguments are required: RECIPE"),
         (("plan", "x.yaml", "--fast"), "--fast is no argument of vlm plan; see vlm plan --help"),
         (("data", "pack", "llava", "f", "--images", "i", "--out", "o"),
-         "llava is no command of vlm data pack; did you mean 'llava-json'? Known: llava-json, coco-captions"),
+         "llava is no command of vlm data pack; did you mean 'llava-json'? Known: llava-json, coco-captions, rlhf-v"),
         (("plan", "x.yaml", "sede=3"), "override sede=3: sede is unknown; did you mean 'seed'? Known: data, evaluate, "
          "kv, mitigate, model, name, prune, recipe, run, seed, stages"),
         (("plan", "x.yaml", "steps"), "override steps: is not of the form key.path=value"),
