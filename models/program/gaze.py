@@ -53,12 +53,11 @@ class _Shifts:
         place, self.real = compact(layout.visual, "right")  # [B,V]
         kept = asked & self.content(row, asked)
         now, before = (_to_image(seen, rows, place) for rows in (row, row - 1))
-        shift = (now - before).clamp_min(0) * kept[:, None, :, None]  # [B,H,R,V]
+        shift = (now - before).clamp_min(0) * (kept[..., None] & self.real[:, None])[:, None]  # [B,H,R,V]
         count = max(shift.shape[1] // 2, 1)
         total = shift.sum((2, 3))
         chosen = torch.zeros_like(total).scatter(1, total.topk(count, 1).indices, 1.0)
         mean = (shift * chosen[..., None, None]).sum((1, 2)) / (count * kept.sum(1, keepdim=True).clamp_min(1))
-        mean = mean.masked_fill(~self.real, 0)
         self.heat = mean if self.heat is None else self.heat + mean
 
 
