@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from vlm.models.errors import ModelError
 from vlm.models.loss import summed_loss
-from vlm.models.pack import check_packs, pack_mask, pack_rows
+from vlm.models.pack import LENGTHS, check_packs, lengths_of, no_mask, pack_mask, pack_rows
 from vlm.models.program.artifact import Shelf
 from vlm.models.program.attach import Engine
 from vlm.models.program.layout import Layout, Side, compact
@@ -271,7 +271,7 @@ class BaseVlm(nn.Module):
             )
         check_packs(self.decoder)
         embeds, run.layouts[0] = pack_rows(embeds, run.layouts[0], pack)
-        run.packed = True
+        run.packed, run.lengths = True, lengths_of(run.layouts[0], self.decoder.config)
         return embeds
 
     def _decode(self, embeds: Tensor, run: Run, cache: DynamicCache | None) -> Float[Tensor, "batch rows width"]:
@@ -286,13 +286,16 @@ class BaseVlm(nn.Module):
 
     def _tag(self, run: Run) -> dict[str, Any]:
         """Keyword arguments that travel with the pass, through the decoder's layers to what acts in them."""
+        if run.lengths is not None:
+            return {LENGTHS: run.lengths}  # nothing acts inside
         return {} if self.engine is None else self.engine.tag(run)
 
     def _mask(self, embeds: Tensor, run: Run, cache: DynamicCache | None) -> Any:
         """What the decoder takes as its attention mask. Always given: without one Transformers reads jumps of
         position ids as packed samples."""
         if run.packed:
-            return pack_mask(run.layouts[0], self.decoder.config, embeds)
+            layout, config = run.layouts[0], self.decoder.config
+            return pack_mask(layout, config, embeds) if run.lengths is None else no_mask(layout)
         if 0 in run.held:  # each layer gets its own
             return torch.ones(len(embeds), run.held[0].place.shape[2], dtype=torch.long, device=embeds.device)
         return run.layouts[0].valid.long()

@@ -26,6 +26,7 @@ from transformers.masking_utils import sdpa_mask
 
 from vlm.kernels.visibility import Common
 from vlm.models.errors import ModelError
+from vlm.models.pack import ATTENTION as PACKED
 from vlm.models.program.cache import (
     Entries,
     Evict,
@@ -491,6 +492,6 @@ def _check_decoder(language: Any, decoder: Any) -> None:
         raise ModelError(f"attach: programs inside the language model need full attention; found {sorted(kinds)}")
     if not all(hasattr(layer, "self_attn") for layer in decoder.layers) or not hasattr(decoder, "rotary_emb"):
         raise ModelError(f"attach: {type(decoder).__name__} has no decoder layers with self_attn and rotary_emb")
-    if config._attn_implementation != "sdpa":
+    if config._attn_implementation not in ("sdpa", PACKED):
         found = config._attn_implementation
         raise ModelError(f"attach: programs inside the language model replace sdpa attention; found {found!r}")

@@ -44,7 +44,8 @@ class Run:
     layers whose cache was shortened. memory: what cache policies remember, by layer (-1: of all layers); tensors in it
     have the batch first. stream: the name of the context. inner: by the number of layers behind it, the last place's
     state in the pass that was last. grids: rows and columns of each image's tokens before any cut, where all images are
-    such grids. packed: whether the sequences are packs of samples (see :mod:`vlm.models.pack`).
+    such grids. packed: whether the sequences are packs of samples; lengths: of each, where that is all that attention
+    needs to know (see :mod:`vlm.models.pack`).
     """
 
     def __init__(self, layout: Layout, side: Side, seed: Int[Tensor, " images"]) -> None:
@@ -54,6 +55,7 @@ class Run:
         self.kept: dict[int, Kept | None] = {}
         self.prompt = True
         self.packed = False
+        self.lengths: list[list[int]] | None = None
         self.step = 0
         self.asks: Int[Tensor, "batch asks"] | None = None
         self.total: Int[Tensor, " batch"] = layout.visual.sum(1)

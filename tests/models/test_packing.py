@@ -3,6 +3,9 @@
 The families of checkpoints run the same comparison in ``tests/models/families``.
 """
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel
@@ -11,7 +14,7 @@ from vlm.models.backbones.conv_vit import ConvVit
 from vlm.models.connectors.mlp import Mlp
 from vlm.models.errors import ModelError
 from vlm.models.language import build_language
-from vlm.models.pack import check_packs, pack_mask, pack_rows
+from vlm.models.pack import check_packs, lengths_of, pack_mask, pack_rows, packed_attention
 from vlm.models.program.attach import attach
 from vlm.models.program.budget import Budget
 from vlm.models.program.layout import Layout
@@ -57,9 +60,49 @@ def compare(model, inputs, alone, tolerance=1e-11):
     model.zero_grad(set_to_none=True)
 
 
+@pytest.mark.parametrize("each", [False, True], ids=["mask", "each sample"])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "olmo2"])
-def test_packed_is_alone_for_every_language_model(make_model, batch, alone, kind):
-    compare(make_model(kind), batch(*ROWS), alone)
+def test_packed_is_alone_for_every_language_model(make_model, batch, alone, kind, each):
+    model = make_model(kind)
+    with packed_attention(model) if each else nullcontext():
+        compare(model, batch(*ROWS), alone)
+    assert model.language.config._attn_implementation == "sdpa"
+
+
+def test_each_sample_by_itself_needs_no_mask(make_model, batch, monkeypatch):
+    """And a decoder whose layers keep their keyword arguments to themselves is refused, not run without a mask."""
+    model, inputs = make_model(), batch(*ROWS)._replace(pack=PACK)
+    monkeypatch.setattr("vlm.models.base.pack_mask", None)
+    with packed_attention(model):
+        model(inputs)
+        monkeypatch.setattr("vlm.models.base.LENGTHS", "lost")
+        with pytest.raises(ModelError, match="its layers must hand their keyword arguments to attention"):
+            model(inputs)
+
+
+def test_other_passes_meanwhile_are_as_ever(make_model, batch):
+    """An evaluation in the middle of training on packs: padded rows, and a program inside the decoder."""
+    model, inputs = make_model(), batch(*ROWS)
+    fastv = Fastv(HALF, 2).program(model.facts)
+    with torch.no_grad():
+        plain, cut = model(inputs).hidden, None
+        with attach(model, fastv):
+            cut = model(inputs).hidden
+        with packed_attention(model):
+            assert torch.equal(model(inputs).hidden, plain)
+            with attach(model, fastv):
+                assert torch.equal(model(inputs).hidden, cut)
+            assert model.language.config._attn_implementation == "vlm_packed"
+
+
+def test_a_window_shorter_than_a_sample_keeps_the_mask():
+    sample, zero = torch.tensor([[0, 0, 0, 1, -1, -1]]), torch.zeros(1, 6, dtype=torch.long)
+    layout = Layout(zero, zero, zero, zero, zero, sample, zero)
+    for window, expected in ((None, [[3, 1, 2]]), (3, [[3, 1, 2]]), (2, None)):
+        config = SimpleNamespace(_attn_implementation="vlm_packed", sliding_window=window)
+        assert lengths_of(layout, config) == expected
+    assert lengths_of(layout._replace(block=zero), config) is None
+    assert lengths_of(layout, SimpleNamespace(_attn_implementation="sdpa")) is None
 
 
 def test_a_sliding_window_counts_within_the_sample(batch, alone):
@@ -106,10 +149,11 @@ def test_tiled_images_pack(alone):
         torch.testing.assert_close(packed.hidden[packed.layout.sample == row], out.hidden[0], rtol=0, atol=1e-11)
 
 
-def test_a_neighbour_changes_not_one_bit(make_model, batch):
+@pytest.mark.parametrize("each", [False, True], ids=["mask", "each sample"])
+def test_a_neighbour_changes_not_one_bit(make_model, batch, each):
     """Another token, and another picture, in the first sample."""
     model, inputs = make_model(), batch(*ROWS)
-    with torch.no_grad():
+    with torch.no_grad(), packed_attention(model) if each else nullcontext():
         plain = model(inputs._replace(pack=PACK))
         tokens, images = inputs.tokens.clone(), inputs.images.clone()
         tokens[0, 0] = (tokens[0, 0] + 1) % 40
@@ -133,15 +177,17 @@ def test_no_gradient_flows_to_a_neighbour(make_model, batch):
     assert torch.equal(reached, out.layout.sample == 1)
 
 
+@pytest.mark.parametrize("each", [False, True], ids=["mask", "each sample"])
 @pytest.mark.parametrize("style", ["forward", "hooks too"])
-def test_recomputed_layers_are_the_same(make_model, batch, checkpointing, style):
+def test_recomputed_layers_are_the_same(make_model, batch, checkpointing, style, each):
     model, inputs = make_model(), batch(*ROWS)
     weights = weights_of(inputs)
     model(inputs._replace(pack=PACK), weights).loss.backward()
     expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     checkpointing(model.train(), style)
-    model(inputs._replace(pack=PACK), weights).loss.backward()
+    with packed_attention(model) if each else nullcontext():
+        model(inputs._replace(pack=PACK), weights).loss.backward()
     for name, p in model.named_parameters():
         if p.grad is not None:
             torch.testing.assert_close(p.grad, expected[name], rtol=0, atol=1e-9)

@@ -7,7 +7,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from vlm.data.pairs import CollatePairs, PairEncoder
 from vlm.data.store import Store
 from vlm.data.stream import BadSamplePolicy, Packing
 from vlm.models.base import BaseVlm
+from vlm.models.pack import packed_attention
 from vlm.packing import fill_of, packing_of
 from vlm.progress import Progress
 from vlm.recipe import Recipe
@@ -244,7 +245,7 @@ def _train_stage(
     threads = torch.get_num_threads()
     torch.set_num_threads(recipe.run.threads or threads)  # of training: an evaluation takes all there are
     try:
-        with switched(recipe, working):
+        with switched(recipe, working), packed_attention(working) if packing else nullcontext():
             trainer.fit(module, datamodule=data, ckpt_path=resumed.path if resumed else None, weights_only=True)
         if working is not model:
             write_back(working, model)

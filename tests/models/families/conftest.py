@@ -27,6 +27,7 @@ from vlm.models.kv.fastocr import Fastocr
 from vlm.models.kv.guikv import Guikv
 from vlm.models.kv.h2o import H2o
 from vlm.models.kv.recycled import Recycled
+from vlm.models.pack import packed_attention
 from vlm.models.pretrained import PretrainedVlm, load_pretrained
 from vlm.models.program.attach import attach
 from vlm.models.program.budget import Budget
@@ -444,6 +445,9 @@ def packed_samples_equal_samples_alone(case: Case) -> None:
             if p.grad is not None:
                 size = max(float(p.grad.abs().max()), 1.0)  # the loss itself is added up in single precision
                 torch.testing.assert_close(grads[name], p.grad, rtol=0, atol=1e-4 * size if eager else 1e-6 * size)
+        with packed_attention(model):
+            again = model(inputs._replace(pack=torch.tensor([0, 0, 1]))).hidden
+        torch.testing.assert_close(again, packed.hidden, **near)
         other = inputs._replace(tokens=inputs.tokens.clone())
         other.tokens[0, 0] += 1
         changed = model(other._replace(pack=torch.tensor([0, 0, 1])))
