@@ -71,7 +71,7 @@ def test_the_recipe_that_the_mistakes_are_made_in_is_good():
         ("train: {connector: {lr: 1e-3}}", "train: {}",
          "x.yaml:13: stages.0.train is empty, so nothing would train; name vision, connector or language"),
         ("train: {connector: {lr: 1e-3}}", "train: {conector: {lr: 1e-3}}",
-         "x.yaml:13: stages.0.train.conector must be 'vision', 'connector' or 'language', found 'conector'; "
+         "x.yaml:13: stages.0.train.conector must be 'vision', 'connector', 'language' or 'head', found 'conector'; "
          "did you mean 'connector'?"),
         ("lr: 1e-3", "lr: fast",
          "x.yaml:13: stages.0.train.connector.lr must be a number such as 0.1 or 2e-6, found 'fast'"),
