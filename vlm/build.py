@@ -1,6 +1,6 @@
 """From a recipe to the objects it names: model, tokenizer, encoder of samples, data."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -14,10 +14,12 @@ from vlm.create import create
 from vlm.data.batch import collate
 from vlm.data.chat import TEMPLATES, ChatEncoder
 from vlm.data.images import ImageTransform
+from vlm.data.index import load_manifest
 from vlm.models.language import build_language, load_language, load_tokenizer
 from vlm.models.lora import Lora, adapt
 from vlm.models.pretrained import PretrainedVlm, load_pretrained
 from vlm.models.processing import load_processor
+from vlm.models.program.artifact import Shelf, digest, fingerprint
 from vlm.models.program.decode import Decoder
 from vlm.models.program.program import Program
 from vlm.models.program.signals import Facts
@@ -60,6 +62,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, meta: bool =
     model.tokenize = partial(_token_ids, tokenizer)
     model.detokenize = partial(_text, tokenizer)
     model.companion = partial(companion, recipe, tokenizer, meta)
+    model.shelf = Shelf(partial(artifact_path, recipe))
     torch.manual_seed(recipe.seed)  # of the adapters, whatever was drawn before
     with torch.device("meta") if meta else nullcontext():
         for role, lora in adapters_of(recipe).items():
@@ -102,6 +105,7 @@ def for_evaluation(recipe: Recipe, model: Any) -> Any:
     outside of training nothing casts between its parts."""
     if recipe.model.origin is not None and recipe.run.precision == "bf16":
         _cast(model.parameters(), torch.bfloat16)
+    model.shelf = Shelf(partial(artifact_path, recipe), partial(fingerprint, model))
     return model.to(device()).eval()
 
 
@@ -163,6 +167,13 @@ def program_of(row: Comparison, facts: Facts) -> Program:
     methods += [create("kv", row.kv)] if row.kv else []
     methods += [create("mitigate", method) for method in row.mitigate]
     return tuple(pair for method in methods for pair in method.program(facts))
+
+
+def artifact_path(recipe: Recipe, who: str, settings: Mapping[str, Any]) -> Path:
+    """Where the calibration of a method lies: named after the recipe's model, the method's settings and the data."""
+    model = {key: value for key, value in recipe.identity().items() if key not in ("mitigate", "kv")}
+    data = [load_manifest(list(source.shards)).hash for source in recipe.data.sources.values()]
+    return Path(recipe.run.dir) / "calibration" / f"{who}-{digest(model, dict(settings), data)}.safetensors"
 
 
 def decoder_of(recipe: Recipe) -> Decoder | None:

@@ -1,7 +1,8 @@
 """ACT: Unveiling and Harnessing Hidden Attention Sinks: Enhancing LLMs without Training (ICML 2024)."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Int
@@ -14,6 +15,7 @@ from vlm.models.program.program import Keys, Program, Regroup, attn
 from vlm.models.program.rescore import share
 from vlm.models.program.signals import Facts, Received
 from vlm.models.program.sinks import attention_sinks, chosen_heads
+from vlm.models.program.tune import Asked, best_by_head
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,17 @@ class Act:
     def settings(self) -> dict[str, object]:
         """What a calibration's result depends on."""
         return {name: value for name, value in vars(self).items() if name != "calibration"}
+
+    def calibrate(self, model: Any, asked: Sequence[Asked], tick: Callable[[], None]) -> dict[str, Tensor]:
+        """The heads that raise accuracy when they alone are calibrated."""
+        layers = self.span(model.facts)
+
+        def program_at(layer: int, head: int, on: float) -> Program:
+            heads = torch.zeros(model.facts.layers, model.decoder.config.num_attention_heads, dtype=torch.bool)
+            heads[layer, head] = bool(on)
+            return self.calibrated(heads, layers)
+
+        return {"heads": best_by_head(model, asked, program_at, layers, (1.0,), 0.0, "accuracy", tick)}
 
     def calibrated(self, heads: Bool[Tensor, "layers heads"], layers: range) -> Program:
         """The program for given heads; layers without any are left alone."""

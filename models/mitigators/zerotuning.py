@@ -1,7 +1,8 @@
 """ZeroTuning: Unlocking the Initial Token's Power to Enhance Large Language Models Without Training (ICLR 2026)."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +15,9 @@ from vlm.models.program.program import Keys, Program, Regroup, attn
 from vlm.models.program.rescore import share
 from vlm.models.program.signals import Facts
 from vlm.models.program.sinks import first_token
+from vlm.models.program.tune import Asked, best_by_head
+
+SWEEP = (0.25, 0.5, 1.5, 2.0, 3.0)  # factors that a calibration tries
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,17 @@ class Zerotuning:
     def settings(self) -> dict[str, object]:
         """What a calibration's result depends on."""
         return {"objective": self.objective, "layers": self.layers, "rows": self.rows}
+
+    def calibrate(self, model: Any, asked: Sequence[Asked], tick: Callable[[], None]) -> dict[str, Tensor]:
+        """The factor of each head that serves the objective best, each head by itself."""
+        layers = share(model.facts, "zerotuning", self.layers or (0, model.facts.layers - 1), 0, 0)
+
+        def program_at(layer: int, head: int, gamma: float) -> Program:
+            gammas = torch.ones(model.facts.layers, model.decoder.config.num_attention_heads)
+            gammas[layer, head] = gamma
+            return self.tuned(gammas, layers)
+
+        return {"gamma": best_by_head(model, asked, program_at, layers, SWEEP, 1.0, self.objective, tick)}
 
     def tuned(self, gammas: Float[Tensor, "layers heads"], layers: range) -> Program:
         """The program for given factors; layers in which all are 1 are left alone."""

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import vlm
-from vlm.commands import data, doctor, export, generate, kernels, methods, plan, run
+from vlm.commands import calibrate, data, doctor, export, generate, kernels, methods, plan, run
 
-COMMANDS = (run, plan, data, generate, export, methods, kernels, doctor)
+COMMANDS = (run, plan, data, calibrate, generate, export, methods, kernels, doctor)
 
 # By name, because importing them all would cost seconds; a class that was raised is imported already.
 USER_ERRORS = {
