@@ -1,6 +1,7 @@
 """Mixture-of-heads attention on TransNeXt: ``vision: {use: moh, variant: base_75}``."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -23,7 +24,7 @@ class _Routed(CosineAttention):
 
     shared: int
     routed: int
-    balance: Tensor | None = None
+    ledger: list[Tensor] | None = None  # where the balance of a pass is noted
 
     def route(self, dim: int, shared: int, routed: int) -> None:
         """Add the routers, by the names that the published code gives them."""
@@ -46,9 +47,9 @@ class _Routed(CosineAttention):
         chosen = torch.zeros_like(likely).scatter(-1, likely.topk(self.routed, -1).indices, 1.0)
         kept = likely * chosen
         sometimes = kept / kept.sum(-1, keepdim=True).clamp_min(torch.finfo(kept.dtype).eps) * self.routed
-        if self.training:
+        if self.ledger is not None:
             mean = likely.mean((0, 1)) * chosen.mean((0, 1))
-            self.balance = mean.mean() * likely.shape[-1] ** 2
+            self.ledger.append(mean.mean() * likely.shape[-1] ** 2)
         if not self.shared:
             return sometimes
         of_shared, of_routed = (2 * self.wg_0(x).softmax(-1)).chunk(2, -1)
@@ -98,21 +99,26 @@ class MohNet(TransnextNet):
         made.route(dim, self.shared[stage], self.routed[stage])
         return made
 
-    def balance_loss(self) -> Tensor:
-        """How unevenly the last pass in training mode used the routed heads, averaged over layers; where use is even it
-        is the number of heads routed to.
-
-        The published training adds 0.01 of it to the loss.
-        """
-        found = [m.balance for m in self.modules() if isinstance(m, _Routed) and m.balance is not None]
-        return torch.stack(found).mean() if found else torch.zeros(())
+    @contextmanager
+    def balancing(self) -> Iterator[list[Tensor]]:
+        """Passes inside append to the list how unevenly each routed layer used its heads: the number of heads routed to
+        where use is even, more where it is not. The published training adds 0.01 of their mean to the loss."""
+        ledger: list[Tensor] = []
+        routed = [module for module in self.modules() if isinstance(module, _Routed)]
+        for module in routed:
+            module.ledger = ledger
+        try:
+            yield ledger
+        finally:
+            for module in routed:
+                module.ledger = None
 
 
 class Moh(BackboneEncoder):
     """MoH-TransNeXt: at each place some heads always count and the router chooses among the others.
 
     All heads are computed, as in the official code: what a variant's name says is the share of heads that count, no
-    speed. The load-balance loss of the paper is ``model.balance_loss()``; no objective adds it, so a router trained
+    speed. ``model.balancing()`` gives the load-balance loss of the paper; no objective adds it, so a router trained
     from scratch needs one that does.
     """
 
