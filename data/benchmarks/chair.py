@@ -117,12 +117,16 @@ class Chair:
         return curve
 
     def compare(self, baseline: Mapping[str, str], answers: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-        """Change of chair_s, chair_i and recall: difference, ci and p (bootstrap paired by image)."""
-        before, after = (_sums(self._judge(given)) for given in (baseline, answers))
-        changes = {
-            name: paired_bootstrap(before[name], after[name], seed=self.seed).to_dict()
-            for name in ("chair_s", "chair_i", "recall")
-        }
+        """Change of chair_s, chair_i and recall: difference, ci and p (bootstrap paired by image).
+
+        The same under ``<name>_matched`` with both captions of an image cut to the words of the shorter one: what is
+        left there does not come from saying less (or more).
+        """
+        changes: dict[str, Any] = {}
+        for suffix, pair in (("", (baseline, answers)), ("_matched", _equally_long(baseline, answers))):
+            before, after = (_sums(self._judge(given)) for given in pair)
+            for name in ("chair_s", "chair_i", "recall"):
+                changes[name + suffix] = paired_bootstrap(before[name], after[name], seed=self.seed).to_dict()
         return {"": changes}
 
     def mentions(self, question: str, answer: str) -> list[dict[str, Any]]:
@@ -171,6 +175,12 @@ class Chair:
             _Judged(tuple(self._vocabulary.mentions(caption)), truth, count_words(caption))
             for caption, truth in zip(captions, self._truth.values(), strict=True)
         ]
+
+
+def _equally_long(first: Mapping[str, str], second: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Both texts of each key, cut to the words of the shorter one."""
+    words = {key: min(count_words(first[key]), count_words(second[key])) for key in first.keys() & second.keys()}
+    return tuple({key: _first_words(given[key], n) for key, n in words.items()} for given in (first, second))  # type: ignore[return-value]
 
 
 def _first_words(text: str, count: int) -> str:

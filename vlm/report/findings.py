@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vlm.report.compare import Difference, Quantity, benchmarks, difference, judged, title
-from vlm.report.records import Chair, Evaluation, Result, YesNo
+from vlm.report.records import Chair, Change, Evaluation, Result, YesNo
 
 SHORTER = 0.05  # a caption this much shorter names fewer objects, which lowers CHAIRs without any better seeing
 MANY = 3  # numbers that a sentence still lists when none of them changed
@@ -140,21 +140,35 @@ def quantity_title(quantity: Quantity, evaluation: Evaluation) -> str:
 
 
 def _shorter(plain: Result, method: Result) -> str:
-    """The caution that a method wrote shorter captions, and what became of recall."""
-    said = []
-    for name, scores in method.metrics.items():
-        before, after = plain.metrics.get(name), scores
+    """That a method wrote captions of another length, what became of recall, and what is left at equal length."""
+    said, rest = [], []
+    for name, after in method.metrics.items():
+        before = plain.metrics.get(name)
         if not isinstance(before, Chair) or not isinstance(after, Chair) or not before.length or after.length is None:
             continue
-        if (before.length - after.length) / before.length > SHORTER:
-            part = f"by {1 - after.length / before.length:.0%} ({before.length:.1f} → {after.length:.1f} words"
-            recall = (
-                f", recall {before.recall:.2f} → {after.recall:.2f}"
-                if None not in (before.recall, after.recall)
-                else ""
+        shrunk = (before.length - after.length) / before.length
+        scenes = _scenes(title(name, plain.metrics))
+        if shrunk > SHORTER:
+            said.append(
+                f"by {shrunk:.0%} ({before.length:.1f} → {after.length:.1f} words{_recall(before, after)}){scenes}"
             )
-            said.append(f"{part}{recall}){_scenes(title(name, plain.metrics))}")
-    return f" It shortened captions {_and(said)}; shorter captions alone lower CHAIRs." if said else ""
+        matched = method.change.get(name, {}).get("chair_s_matched")
+        if matched is not None and abs(shrunk) > SHORTER:
+            rest.append(f" Cut to equal length, CHAIRs{scenes} is {_changed(matched)}.")
+    warning = f" It shortened captions {_and(said)}; shorter captions alone lower CHAIRs." if said else ""
+    return warning + "".join(rest)
+
+
+def _recall(before: Chair, after: Chair) -> str:
+    return "" if None in (before.recall, after.recall) else f", recall {before.recall:.2f} → {after.recall:.2f}"
+
+
+def _changed(change: Change) -> str:
+    """``lower by 0.021 (95 % 0.010 to 0.032)``, or that nothing is left."""
+    low, high = change.ci
+    if low <= 0 <= high:
+        return f"not measurably different ({change.difference:+.3f}, 95 % {low:+.3f} to {high:+.3f})"
+    return f"{'lower' if high < 0 else 'higher'} by {abs(change.difference):.3f} (95 % {low:+.3f} to {high:+.3f})"
 
 
 def _saved(plain: Result, method: Result) -> str:

@@ -148,6 +148,17 @@ def test_comparison_is_paired_by_image(chair):
     assert built.compare(CAPTIONS, CAPTIONS)[""]["chair_s"]["p"] == 1.0
 
 
+def test_a_gain_that_comes_from_saying_less_is_gone_at_equal_length(chair):
+    built = chair(TRUTH)
+    short = {key: " ".join(text.split()[:3]) for key, text in CAPTIONS.items()}
+    change = built.compare(CAPTIONS, short)[""]
+    for name in ("chair_s_matched", "chair_i_matched", "recall_matched"):
+        assert change[name]["difference"] == 0 and change[name]["ci"] == [0, 0]
+    assert change["chair_s"]["difference"] == built.score(short)[""]["chair_s"] - built.score(CAPTIONS)[""]["chair_s"]
+    back = built.compare(short, CAPTIONS)[""]
+    assert back["chair_i_matched"]["difference"] == 0  # whichever of the two is the longer one
+
+
 def test_marks_for_a_picture(chair):
     assert chair(TRUTH).truth_of("a") == {"dog", "cat"}
     assert chair(TRUTH).mentions("a", "A dog and horses") == [
