@@ -57,7 +57,8 @@ def image_gains(
     found: dict[int, Tensor] = {}
 
     def score(layer: int, out: Float[Tensor, "batch heads dim"]) -> Float[Tensor, "batch heads"]:
-        gains = head_gains(*out.chunk(2), gain, drop)
+        with_image, without = out.chunk(2)
+        gains = head_gains(with_image, without, gain, drop)
         found[layer] = torch.where(shown, gains, torch.ones_like(gains))
         return torch.cat([found[layer], found[layer]])
 

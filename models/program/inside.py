@@ -35,8 +35,8 @@ def row_scores(
     """Scaled scores of a few rows, in single precision or more; -inf where a key is hidden."""
     wide = torch.promote_types(q.dtype, torch.float32)
     heads, rows = q.shape[1:3]
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    grouped = (q.to(wide) * scale).unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # [B,KV,G*R,D]
+    factor: float = q.shape[3] ** -0.5 if scale is None else scale
+    grouped = (q.to(wide) * factor).unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # [B,KV,G*R,D]
     scores = (grouped @ k.to(wide).transpose(2, 3)).view(len(q), heads, rows, k.shape[2])
     return scores.masked_fill(~visible[:, None], -torch.inf)
 
