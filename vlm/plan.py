@@ -22,8 +22,10 @@ from vlm.models.program.program import Program
 from vlm.models.program.schedule import TEXT
 from vlm.models.program.signals import Facts
 from vlm.packing import plan_packs
+from vlm.plan_cluster import cluster, find_gpu, stage_lengths
 from vlm.recipe import Recipe, RecipeError
 from vlm.recipe.schema import Comparison, Training
+from vlm.training.memory import check_switches
 from vlm.training.stages import check_stage
 
 EXAMPLE = 1024  # visual tokens of the image that costs are told for where their number depends on the image
@@ -51,13 +53,17 @@ def _program(row: Comparison, facts: Facts, decoder: Decoder | None) -> Program:
     return program
 
 
-def plan(recipe: Recipe) -> str:
-    """What the recipe would do, as text; contradictions raise RecipeError, DataError or ModelError.
+def plan(recipe: Recipe, gpu: str | None = None) -> str:
+    """What the recipe would do, as text; contradictions raise RecipeError, DataError, ModelError or TrainingError.
+
+    gpu: the name of the GPU (:mod:`vlm.devices`) that hours are told for.
 
     The tokenizer must be there for an exact count of the vocabulary; when the recipe still has to make its data
     the tokenizer comes with them, and the plan says what it leaves open.
     """
+    named = find_gpu(gpu) if gpu else None
     check_methods(recipe)
+    check_switches(recipe)
     check_heads(recipe)
     lines = [f"{recipe.name}  (recipe {recipe.hash()[:12]})", ""]
     made = recipe.data.make is not None and not _sources_exist(recipe)
@@ -76,7 +82,11 @@ def plan(recipe: Recipe) -> str:
     else:
         lines += ["", *_parts(recipe, model), "", *_programs(recipe, model)]
     packs = [] if model is None else plan_packs(recipe, model, made)
-    return "\n".join([*lines, "", *_batches(recipe), *packs])
+    needs: list[str] = []
+    if model is not None and recipe.stages and recipe.run.weights is None:
+        rows, told = cluster(recipe, model, stage_lengths(recipe), named)
+        needs = ["", *table(rows), *told]
+    return "\n".join([*lines, "", *_batches(recipe), *packs, *needs])
 
 
 def _model(recipe: Recipe) -> BaseVlm:
@@ -85,8 +95,13 @@ def _model(recipe: Recipe) -> BaseVlm:
     model = build_model(recipe, tokenizer, meta=True)
     for stage in recipe.stages:
         for role in stage.train:
-            if role != "head" and not model.parts[role].parameters():
-                raise RecipeError(f"stage {stage.name}: train.{role}: expected a part with parameters, found none")
+            if role == "head":
+                continue
+            part = model.parts[role]
+            if all(part.is_idle(name) for name, _ in part.named_parameters()):
+                raise RecipeError(
+                    f"stage {stage.name}: train.{role}: expected a part with parameters that train, found none"
+                )
         if recipe.model.origin is not None and getattr(create("objective", stage.objective), "composed_only", False):
             objective = stage.objective
             raise RecipeError(
@@ -221,13 +236,13 @@ def _batches(recipe: Recipe) -> list[str]:
     lines = []
     for stage in recipe.stages:
         batch = stage.global_batch or run.global_batch
-        micro = run.micro_batch or batch // run.devices
+        micro = run.micro_batch or batch // run.world
         worlds = ", ".join(map(str, legal_worlds(batch, micro)))
         lengths = [f"{getattr(stage, k):,} {k}" for k in ("steps", "samples", "tokens") if getattr(stage, k)]
         length, unit = (*lengths, "one round of its repeats")[0], "packs" if stage.pack else "samples"
         lines.append(
-            f"Stage {stage.name}: {length}; {batch} {unit} per step = {run.devices} device(s) x "
-            f"{batch // run.devices // micro} accumulated x {micro}; legal world sizes: {worlds}."
+            f"Stage {stage.name}: {length}; {batch} {unit} per step = {run.world} device(s) x "
+            f"{batch // run.world // micro} accumulated x {micro}; legal world sizes: {worlds}."
         )
     return lines
 

@@ -11,6 +11,7 @@ def add(commands: Any) -> None:
     parser = commands.add_parser("plan", help=text, description=text)
     add_recipe(parser)
     parser.add_argument("--resolved", action="store_true", help="print the resolved recipe instead")
+    parser.add_argument("--gpu", metavar="NAME", help="tell the hours on this GPU, such as h100 or a100")
     parser.set_defaults(call=_plan)
 
 
@@ -21,4 +22,4 @@ def _plan(arguments: argparse.Namespace) -> None:
         return
     from vlm.plan import plan
 
-    print(plan(recipe))
+    print(plan(recipe, arguments.gpu))

@@ -1,4 +1,4 @@
-"""Runs in shards (FSDP2, two gloo processes): they learn what one process learns, and any other kind of run goes on from
+"""Runs in shards (FSDP2, two gloo processes): they learn what one process learns, and other kinds of runs go on from
 their checkpoints. Gradients, ranks without images and losses that are not finite: test_module.py."""
 
 import shutil
