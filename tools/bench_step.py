@@ -28,10 +28,10 @@ from vlm.training.train import open_sources, train
 RECIPE = """
 name: bench
 model:
-  vision: {{use: conv_vit, image: 48, dim: 128, depth: 4, heads: 4}}
+  vision: {{use: conv_vit, image: 48, dim: 64, depth: 2, heads: 4}}
   connector: {{use: mlp, depth: 2}}
   language:
-    config: {{model_type: llama, hidden_size: 256, intermediate_size: 704, num_hidden_layers: 6,
+    config: {{model_type: llama, hidden_size: 128, intermediate_size: 352, num_hidden_layers: 4,
       num_attention_heads: 4, num_key_value_heads: 4, max_position_embeddings: 256}}
     tokenizer: {folder}/scenes/tokenizer
 data: {{workers: 1, sources: {{scenes: {{shards: {folder}/scenes/train}}}}}}
