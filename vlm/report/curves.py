@@ -15,7 +15,10 @@ TITLES = {
     "data_wait_s": "waiting for data (seconds per step)",
 }
 MEMBERS = 12  # methods in one chart: more lines cannot be told apart
-RATES = ("samples_per_s", "tokens_per_s", "data_wait_s")
+RATES = (
+    *("samples_per_s", "tokens_per_s", "llm_tokens_per_s", "padded_tokens_per_s", "data_wait_s", "tflops", "mfu"),
+    *("grad_norm", "peak_memory_gib", "max_over_mean_flops", "max_over_mean_time"),
+)
 
 
 def training(stages: list[Stage], during: Sequence[Stage] = ()) -> Html:
