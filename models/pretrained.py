@@ -196,7 +196,7 @@ class PretrainedVlm(BaseVlm):
             hook.remove()
         slots = torch.cat(list(self.family.slots(inputs.media, given[0].shape[:2])))  # [tokens], -1 without a patch
         features = given[0].flatten(0, 1)[slots.clamp_min(0)]
-        rows = [pad_sequence(flat.split(count), batch_first=True) for flat in (features, slots >= 0)]
+        rows = [pad_sequence(list(flat.split(count)), batch_first=True) for flat in (features, slots >= 0)]
         return rows[0], rows[1]
 
     def encode(self, inputs: PretrainedInputs) -> Sequence[Picture]:

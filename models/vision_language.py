@@ -191,7 +191,7 @@ class VisionLanguageModel(BaseVlm):
         """What the tokens of views have, as that of each row's visual tokens before any cut, and which are real."""
         table, count = self._tiles(inputs), self.visual_counts(inputs)
         seen = Visual(values, self.visual_grid, inputs.owner) if table is None else table.join(values, inputs.owner)
-        rows = pad_sequence(seen.features[seen.valid].split(count.tolist()), batch_first=True)  # owners ascend
+        rows = pad_sequence(list(seen.features[seen.valid].split(count.tolist())), batch_first=True)  # owners ascend
         return rows, torch.arange(rows.shape[1], device=count.device) < count[:, None]
 
     def map_pixels(self, inputs: Inputs, change: Callable[[Tensor, int], Tensor]) -> Inputs:

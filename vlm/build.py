@@ -122,7 +122,7 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """What a model's ids say, without the marks that a template puts around turns."""
-    return str(tokenizer.decode(ids, skip_special_tokens=True))
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
 def _language(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, meta: bool) -> Any:

@@ -171,7 +171,7 @@ def test_clip_needs_a_tokenizer_and_the_model_s_own_encoder(make_model, batch, c
         method.program(model.facts)
     with pytest.raises(ModelError, match="expected a patch behind each visual token; the connector Mlp mixes tokens"):
         method.program(readable(make_model(shuffle=2)).facts)
-    wide = CLIPModel.from_pretrained(clip)
+    wide: Any = CLIPModel.from_pretrained(clip)
     wide.config.vision_config.hidden_size = 24
     CLIPModel(wide.config).save_pretrained(tmp_path)
     for file in clip.glob("tokenizer*"):
