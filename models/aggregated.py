@@ -26,7 +26,7 @@ class Offsets(NamedTuple):
     """Coordinates of the offsets from queries to keys that occur on a grid, and which one each pair has."""
 
     coordinates: Float[Tensor, "offsets 2"]
-    index: Int[Tensor, "queries keys"]
+    entry: Int[Tensor, "queries keys"]
 
 
 @lru_cache(maxsize=64)
@@ -81,7 +81,7 @@ class CosineAttention(nn.Module):
     def bias(self, grid: Grid, keys: Grid) -> Float[Tensor, "heads queries keys"]:
         known = offsets(grid, keys, self.pretrained, self.proj.weight.device)
         made = self.cpb_fc2(F.relu(self.cpb_fc1(known.coordinates.to(self.proj.weight.dtype))))  # [offsets,H]
-        return made.T.index_select(1, known.index.flatten()).unflatten(1, known.index.shape)
+        return made.T.index_select(1, known.entry.flatten()).unflatten(1, known.entry.shape)
 
     def weigh(self, heads: Float[Tensor, "n heads places width"], x: Float[Tensor, "n places dim"]) -> Tensor:
         return heads

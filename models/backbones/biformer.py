@@ -28,8 +28,8 @@ class Pointwise(nn.Conv2d):
     def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
         super().__init__(inputs, outputs, 1, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.flatten(1), self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight.flatten(1), self.bias)
 
 
 class DepthwiseConv(nn.Conv2d):
@@ -38,8 +38,8 @@ class DepthwiseConv(nn.Conv2d):
     def __init__(self, dim: int, kernel: int) -> None:
         super().__init__(dim, dim, kernel, padding=kernel // 2, groups=dim)
 
-    def forward(self, x: Map) -> Map:
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    def forward(self, input: Map) -> Map:
+        return super().forward(input.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 def _heads(x: Map, parts: int, heads: int) -> Float[Tensor, "parts n heads places width"]:

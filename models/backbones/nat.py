@@ -91,7 +91,7 @@ class ConvTokenizer(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        halve = {"kernel_size": 3, "stride": 2, "padding": 1}
+        halve: Any = {"kernel_size": 3, "stride": 2, "padding": 1}
         self.proj = nn.Sequential(nn.Conv2d(3, dim // 2, **halve), nn.Conv2d(dim // 2, dim, **halve))
         self.norm = nn.LayerNorm(dim)
 

@@ -89,8 +89,8 @@ class ResidualConv(nn.Conv2d):
     def __init__(self, dim: int) -> None:
         super().__init__(dim, dim, 3, padding=1, groups=dim)
 
-    def forward(self, x: Map) -> Map:
-        return x + super().forward(x)
+    def forward(self, input: Map) -> Map:
+        return input + super().forward(input)
 
 
 class ResponseNorm(nn.Module):
@@ -235,7 +235,7 @@ class ContMixBlock(nn.Module):
 
         A map smaller than the large window is enlarged for it and its sums are averaged back.
         """
-        size, least = x.shape[2:], min(x.shape[2:])
+        size, least = (x.shape[2], x.shape[3]), min(x.shape[2:])
         if least < self.kernel:
             larger = [int(side * self.kernel / least) for side in size]
             x, z = (F.interpolate(each, size=larger, mode="bilinear", align_corners=False) for each in (x, z))
@@ -250,7 +250,7 @@ class ContMixBlock(nn.Module):
             weights = (logits + neighborhood_bias(table, shape, side)).softmax(-1).to(values.dtype)
             sums.append(neighborhood_aggregate(weights, values, shape, side))
         out = torch.stack(sums, 1).transpose(3, 4).flatten(1, 3).unflatten(2, shape)
-        return F.adaptive_avg_pool2d(out, size) if out.shape[2:] != size else out
+        return out if shape == size else F.adaptive_avg_pool2d(out, size)
 
     def _kernels(self, z: Map) -> Float[Tensor, "n groups places weights"]:
         """Scores of the places of both windows, from the affinity of each place to the regions of the context."""
@@ -356,10 +356,9 @@ class OverlockNet(nn.Module):
         yield x
         x = self._base(3, x)
         overview = self.high_level_proj(self._base(4, x))
-        for stage, guide in ((3, self._enlarged(overview, x)), (4, overview)):
-            if stage == 3:
-                h = guide
-            else:
+        h = enlarged = self._enlarged(overview, x)
+        for stage, guide in ((3, enlarged), (4, overview)):
+            if stage == 4:
                 x, h = self.patch_embedx(x, h)
             for block in self._list(f"sub_blocks{stage}"):
                 x, h = block(x, h, guide)

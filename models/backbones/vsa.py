@@ -41,8 +41,8 @@ class VariedSizeWindowAttention(nn.Module):
     def zero_predictors(self) -> None:
         """Windows that start where they are."""
         for predictor in (self.sampling_offsets, self.sampling_scales):
-            nn.init.zeros_(predictor[2].weight)
-            nn.init.zeros_(predictor[2].bias)
+            for parameter in predictor.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, x: Map) -> Float[Tensor, "n outputs rows cols"]:
         rows, cols = x.shape[2:]

@@ -56,8 +56,8 @@ def test_a_dilated_neighborhood_is_one_on_each_grid_of_every_other_place():
 @torch.no_grad()
 def test_even_kernels_average_over_the_window():
     block = ContMixBlock(8, 4, 1, 5, 5, 2, first=True, merged=False, drop=0.0).eval()
-    torch.nn.init.zeros_(block.weight_proj.weight)
-    torch.nn.init.zeros_(block.weight_proj.bias)
+    for parameter in block.weight_proj.parameters():
+        torch.nn.init.zeros_(parameter)
     x, z = torch.randn(1, 8, 9, 9), torch.randn(1, 12, 9, 9)
     torch.testing.assert_close(block.mix(x, z)[:, :, 2:-2, 2:-2], F.avg_pool2d(x, 5, 1), rtol=1e-4, atol=1e-5)
 
