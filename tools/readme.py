@@ -19,6 +19,7 @@ RESULTS = Path(__file__).parent / "results"
 KINDS = {
     "vision": "encoder",
     "connector": "connector",
+    "head": "head",
     "prune": "pruner",
     "kv": "cache policy",
     "mitigate": "mitigator",
@@ -83,15 +84,17 @@ def comparison_page(evaluation: dict[str, Any]) -> str:
     chairs = [name for name in ("chair", "chair_counterfactual") if name in plain["metrics"]]
     head = ["", *(split.replace("_", " ") for split in shown)]
     head += [column for name in chairs for column in (f"{name.replace('_', ' ')} CHAIRs", "CHAIRi", "recall", "words")]
-    head += ["visual tokens: average", "final", "FLOPs", "KV bytes", "prefill time"]
+    matched = any("chair_s_matched" in result["change"].get("chair", {}) for result in evaluation["results"])
+    head += ["change of chair CHAIRs at equal length"] * matched
+    head += ["visual tokens: average", "final", "FLOPs", "KV bytes", "prefill time", "token time"]
     rows = [
         f"# {evaluation['name']}",
         "",
         f"`vlm run recipes/{evaluation['name'].replace('-', '_')}.yaml` after `vlm run recipes/scenes.yaml`, on two CPU"
         f" cores, {evaluation['created'][:10]}, {packages}; weights: {evaluation['weights']}.",
         "",
-        "Accuracy, CHAIR and recall in percent, CHAIRs with its 95 % interval; FLOPs, KV bytes and prefill time",
-        "(scoring included) of a prompt against plain. No method was trained with, and no row is left out.",
+        "Accuracy, CHAIR and recall in percent, CHAIRs with its 95 % interval; FLOPs, KV bytes, prefill time",
+        "(scoring included) and time of each further token of a prompt against plain. No method was trained with, and no row is left out.",
         "",
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),
@@ -103,9 +106,11 @@ def comparison_page(evaluation: dict[str, Any]) -> str:
             chair = metrics[name]
             rates = [f"{100 * chair[field]:.1f}" for field in ("chair_i", "recall")]
             cells += [_with_interval(chair), *rates, f"{chair['length']:.1f}"]
+        cells += [_change(result, "chair_s_matched")] * matched
         cells += [f"{tokens['average']:.1f}", f"{tokens['after']:g}"]
         cells += [
-            _share(result, plain, field) for field in ("llm_flops_per_prompt", "kv_bytes_per_prompt", "prefill_s")
+            _share(result, plain, field)
+            for field in ("llm_flops_per_prompt", "kv_bytes_per_prompt", "prefill_s", "token_s")
         ]
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows) + "\n"
@@ -114,6 +119,15 @@ def comparison_page(evaluation: dict[str, Any]) -> str:
 def _with_interval(chair: dict[str, Any]) -> str:
     low, high = chair["ci"]
     return f"{100 * chair['chair_s']:.1f} ({100 * low:.0f} to {100 * high:.0f})"
+
+
+def _change(result: dict[str, Any], field: str) -> str:
+    """A paired change of captions of ordinary scenes, in points, with its 95 % interval."""
+    change = result["change"].get("chair", {}).get(field)
+    if change is None:
+        return ""
+    low, high = change["ci"]
+    return f"{100 * change['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
 def _share(result: dict[str, Any], plain: dict[str, Any], field: str) -> str:

@@ -89,7 +89,7 @@ def evaluation() -> dict:
         tokens = {"before": 36, "after": kept, "average": (36 + 3 * kept) / 4, "per_layer": [36, kept, kept, kept]}
         cost = {"seconds": 21.0 * flops, "visual_tokens": tokens}
         cost |= {"llm_flops_per_prompt": 4.1e7 * flops, "kv_bytes_per_prompt": 1024 * (20 + kept)}
-        cost |= {"prefill_s": 0.02 * (1 + flops)}
+        cost |= {"prefill_s": 0.02 * (1 + flops), "token_s": 0.005 if prune else 0.004}
         protocol = {name: card | ({"n": metrics[name]["n"], "method": label}) for name in metrics}
         results.append({"label": label, "prune": prune, "mitigate": mitigate, "metrics": metrics, "cost": cost,
                         "protocol": protocol})  # fmt: skip
@@ -203,9 +203,10 @@ def test_the_table_holds_the_numbers_and_the_costs_relative_to_plain(run: Path):
     assert cells[0][:3] == ["9", "of", "36"]
     assert cells[1] == ["0.848", ".834–.862", "−0.058", "▼"]  # outside: coloured and with a sign
     assert cells[0][3:] == ["mean", "15.8"]  # (36 + 3 * 9) / 4
-    assert [cell[0] for cell in cells[-4:]] == ["0.56×", "0.52×", "0.78×", "11.8"]  # KV: (20 + 9) / (20 + 36)
-    assert cells[-2][1:] == ["31.2", "ms"]
-    assert len(cells) == 1 + 3 * 2 + 2 * 4 + 4
+    costs = ["0.56×", "0.52×", "0.78×", "1.25×", "11.8"]  # KV: (20 + 9) / (20 + 36)
+    assert [cell[0] for cell in cells[-5:]] == costs
+    assert cells[-3][1:] == ["31.2", "ms"] and cells[-2][1:] == ["5", "ms"]
+    assert len(cells) == 1 + 3 * 2 + 2 * 4 + 5
 
 
 def test_each_view_shows_what_was_dropped_and_each_invented_word_is_marked(run: Path):

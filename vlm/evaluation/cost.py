@@ -5,7 +5,7 @@ FLOPs are the language model's alone, without scoring; scoring is in the seconds
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
@@ -14,13 +14,14 @@ import torch
 
 from vlm.models.base import BaseVlm
 from vlm.models.program.attach import attach
-from vlm.models.program.decode import open_streams
+from vlm.models.program.decode import Decoder, generate, open_streams
 from vlm.models.program.program import Program
 from vlm.models.program.run import Run
 from vlm.models.program.schedule import BudgetReport, report
 from vlm.models.program.shape import DecoderShape
 
-REPEATS = 5  # of a timed prefill
+REPEATS = 5  # of a timed prefill or answer
+STEPS = 8  # tokens after the first of a timed answer
 
 
 def run_report(run: Run, shape: DecoderShape) -> BudgetReport:
@@ -77,24 +78,47 @@ def _states(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def prefill_seconds(
     model: BaseVlm, inputs: Any, programs: Sequence[Program], repeats: int = REPEATS
 ) -> list[list[float]]:
-    """Seconds of a prefill of ``inputs`` under each program, ``repeats`` times: encoder, scoring and all streams.
+    """Seconds of a prefill of ``inputs`` under each program, ``repeats`` times: encoder, scoring and all streams."""
+    return _in_turn(model, programs, repeats, lambda: _timed(model, lambda: open_streams(model, inputs)))
 
-    The programs take turns in every repeat, so that what else the machine does falls on all of them. One pass of each
-    before that warms up.
+
+@torch.inference_mode()
+def token_seconds(
+    model: BaseVlm, inputs: Any, programs: Sequence[Program], decoder: Decoder | None = None, repeats: int = REPEATS
+) -> list[list[float]]:
+    """Seconds of each further token of an answer to every prompt of ``inputs`` under each program, ``repeats`` times.
+
+    From answers of one and of ``STEPS`` more tokens, which no stop ends, so all streams, passes and goings back count.
     """
-    device = next(model.parameters()).device
-    seconds: list[list[float]] = [[] for _ in programs]
+
+    def answer(tokens: int) -> float:
+        return _timed(model, lambda: generate(model, inputs, max_new_tokens=tokens, stop=-1, decoder=decoder))
+
+    return _in_turn(model, programs, repeats, lambda: (answer(1 + STEPS) - answer(1)) / STEPS)
+
+
+def _in_turn(
+    model: BaseVlm, programs: Sequence[Program], repeats: int, measure: Callable[[], float]
+) -> list[list[float]]:
+    """What is measured under each program, which take turns in every repeat, so that what else the machine does falls
+    on all of them. One turn before that warms up."""
+    found: list[list[float]] = [[] for _ in programs]
     for repeat in range(repeats + 1):
         for number, program in enumerate(programs):
             with attach(model, program):
-                _synchronize(device)
-                start = time.perf_counter()
-                open_streams(model, inputs)
-                _synchronize(device)
-                taken = time.perf_counter() - start
+                value = measure()
             if repeat:
-                seconds[number].append(taken)
-    return seconds
+                found[number].append(value)
+    return found
+
+
+def _timed(model: BaseVlm, call: Callable[[], Any]) -> float:
+    device = next(model.parameters()).device
+    _synchronize(device)
+    start = time.perf_counter()
+    call()
+    _synchronize(device)
+    return time.perf_counter() - start
 
 
 def _synchronize(device: torch.device) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,14 +16,17 @@ from vlm.create import create
 from vlm.data.benchmarks._shared.images import ImageSource, check_images
 from vlm.evaluation.answer import Asker, Prompt
 from vlm.evaluation.classes import ClassAsker, asks_head, check_heads
-from vlm.evaluation.cost import prefill_seconds, prompt_cost
+from vlm.evaluation.cost import prefill_seconds, prompt_cost, token_seconds
 from vlm.evaluation.pictures import draw_pictures
 from vlm.models.base import BaseVlm
 from vlm.models.program.attach import attach
+from vlm.models.program.program import Program
 from vlm.progress import Progress
 from vlm.recipe import Recipe, RecipeError
 from vlm.recipe.schema import Comparison
 from vlm.training.train import versions
+
+TIMED = 32  # prompts of a batch whose prefill and tokens are timed
 
 
 class Bench:
@@ -103,8 +106,7 @@ def evaluate(recipe: Recipe, model: BaseVlm, tokenizer: PreTrainedTokenizerBase,
         if row.is_plain:
             plain = plain or answers
     if asked:
-        for result, seconds in zip(results, prefill_seconds(model, asked[0].batch(), programs), strict=True):
-            result["cost"]["prefill_s"] = median(seconds)
+        _time(results, model, asked[0], programs)
     facts = {
         "name": recipe.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -118,6 +120,15 @@ def evaluate(recipe: Recipe, model: BaseVlm, tokenizer: PreTrainedTokenizerBase,
     pictures = draw_pictures(recipe, rows, asked, model)
     (folder / "pictures.json").write_text(json.dumps(pictures))
     return path
+
+
+def _time(results: list[dict[str, Any]], model: BaseVlm, bench: Bench, programs: Sequence[Program]) -> None:
+    """Add the times of a prefill, and of a token after it, for the first prompts of a benchmark."""
+    prompts = bench.ask.inputs(bench.prompts[: min(bench.ask.batch, TIMED)])
+    prefills = prefill_seconds(model, prompts, programs)
+    tokens = token_seconds(model, prompts, programs, bench.ask.decoder)
+    for result, prefill, token in zip(results, prefills, tokens, strict=True):
+        result["cost"] |= {"prefill_s": median(prefill), "token_s": median(token)}
 
 
 def _decoding(decoder: Any) -> str:

@@ -89,13 +89,15 @@ class VisualTokens(Value):
 
 
 class Cost(Value):
-    """What one result cost: seconds of its evaluation and of the prefill of a batch, FLOPs and bytes of a prompt."""
+    """What one result cost: seconds of its evaluation, of the prefill of a batch and of each further token of it; FLOPs
+    and bytes of a prompt."""
 
     seconds: NotNegative | None = None
     visual_tokens: VisualTokens | None = None
     llm_flops_per_prompt: NotNegative | None = None
     kv_bytes_per_prompt: NotNegative | None = None
     prefill_s: NotNegative | None = None
+    token_s: float | None = None  # a difference of two times, which noise may make negative
 
 
 class Change(Value):

@@ -17,6 +17,7 @@ COSTS = (
     ("LLM FLOPs", Html("")),
     ("KV bytes", tag("small", "held")),
     ("prefill", tag("small", "time, with scoring")),
+    ("token", tag("small", "time of each further one")),
     ("seconds", tag("small", "of the evaluation")),
 )
 
@@ -56,7 +57,8 @@ def _row(evaluation: Evaluation, result: Result, shown: Sequence[Quantity], firs
         *cells,
         tag("td", _ratio(result.cost.llm_flops_per_prompt, base.llm_flops_per_prompt), class_="group"),
         tag("td", _ratio(result.cost.kv_bytes_per_prompt, base.kv_bytes_per_prompt)),
-        _prefill(result.cost.prefill_s, base.prefill_s),
+        _against(result.cost.prefill_s, base.prefill_s),
+        _against(result.cost.token_s, base.token_s),
         tag("td", "–" if result.cost.seconds is None else f"{result.cost.seconds:.1f}"),
         class_="plain" if result.is_plain else None,
     )
@@ -72,7 +74,7 @@ def _tokens(result: Result) -> Html:
     return tag("td", *parts)
 
 
-def _prefill(seconds: float | None, base: float | None) -> Html:
+def _against(seconds: float | None, base: float | None) -> Html:
     shown = "" if seconds is None else tag("small", f"{1e3 * seconds:.3g} ms", title="of one batch, median")
     return tag("td", _ratio(seconds, base), shown)
 

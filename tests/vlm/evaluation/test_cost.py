@@ -9,7 +9,7 @@ import torch
 import vlm
 from vlm.create import create
 from vlm.evaluation import cost
-from vlm.evaluation.cost import prefill_seconds, prompt_cost
+from vlm.evaluation.cost import prefill_seconds, prompt_cost, token_seconds
 from vlm.evaluation.forecast import forecast, visual_per_layer
 from vlm.models.backbones.conv_vit import ConvVit
 from vlm.models.connectors.mlp import Mlp
@@ -105,6 +105,19 @@ def test_programs_take_turns_and_the_first_round_warms_up(model, monkeypatch):
     cut = ((LLM_IN, Select(Budget(tokens=9), even_stride())),)
     assert [len(times) for times in prefill_seconds(model, prompts(3), [(), cut], repeats=3)] == [3, 3]
     assert seen == [None, cut] * 4
+
+
+def test_a_further_token_is_what_more_tokens_take_longer(model, monkeypatch):
+    clock, asked = [0.0], []
+
+    def answer(m: Any, inputs: Any, max_new_tokens: int, stop: int, decoder: Any) -> None:
+        asked.append(max_new_tokens)
+        clock[0] += 5 + 2 * max_new_tokens
+
+    monkeypatch.setattr(cost, "generate", answer)
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: clock[0])
+    assert token_seconds(model, prompts(3), [(), ()], repeats=2) == [[2, 2], [2, 2]]
+    assert asked == [1 + cost.STEPS, 1] * 6
 
 
 def compare(model: Any, program: Any) -> None:
