@@ -176,9 +176,9 @@ def artifact_path(recipe: Recipe, who: str, settings: Mapping[str, Any]) -> Path
     return Path(recipe.run.dir) / "calibration" / f"{who}-{digest(model, dict(settings), data)}.safetensors"
 
 
-def decoder_of(recipe: Recipe) -> Decoder | None:
-    """How the evaluation chooses tokens; None is greedily."""
-    decode = recipe.evaluate.decode
+def decoder_of(recipe: Recipe, row: Comparison | None = None) -> Decoder | None:
+    """How the evaluation, or a row of it that says so itself, chooses tokens; None is greedily."""
+    decode = (row and row.decode) or recipe.evaluate.decode
     return None if decode is None else create("decode", decode)
 
 

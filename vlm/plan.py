@@ -37,8 +37,7 @@ def programs_of(recipe: Recipe, facts: Facts) -> dict[str, Program]:
     Raises ModelError for a method that does not fit the model, with its place in the recipe.
     """
     rows = (recipe.own.model_copy(update={"label": "the recipe's own"}), *recipe.comparisons)
-    decoder = decoder_of(recipe)
-    return {row.title: _program(row, facts, decoder) for row in rows}
+    return {row.title: _program(row, facts, decoder_of(recipe, row)) for row in rows}
 
 
 def _program(row: Comparison, facts: Facts, decoder: Decoder | None) -> Program:
@@ -47,7 +46,7 @@ def _program(row: Comparison, facts: Facts, decoder: Decoder | None) -> Program:
         check(program, facts)
         check_decoder(program, decoder)
     except ModelError as error:
-        methods = [method for method in (row.prune, row.kv, *row.mitigate) if method]
+        methods = [method for method in (row.prune, row.kv, *row.mitigate, row.decode) if method]
         where = next((method.where for method in methods if method.where), "")
         raise ModelError(f"{where or row.title}: {error}") from None
     return program

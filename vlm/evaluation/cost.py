@@ -79,34 +79,43 @@ def prefill_seconds(
     model: BaseVlm, inputs: Any, programs: Sequence[Program], repeats: int = REPEATS
 ) -> list[list[float]]:
     """Seconds of a prefill of ``inputs`` under each program, ``repeats`` times: encoder, scoring and all streams."""
-    return _in_turn(model, programs, repeats, lambda: _timed(model, lambda: open_streams(model, inputs)))
+    return _in_turn(model, programs, repeats, lambda number: _timed(model, lambda: open_streams(model, inputs)))
 
 
 @torch.inference_mode()
 def token_seconds(
-    model: BaseVlm, inputs: Any, programs: Sequence[Program], decoder: Decoder | None = None, repeats: int = REPEATS
+    model: BaseVlm,
+    inputs: Any,
+    programs: Sequence[Program],
+    decoders: Sequence[Decoder | None],
+    repeats: int = REPEATS,
 ) -> list[list[float]]:
-    """Seconds of each further token of an answer to every prompt of ``inputs`` under each program, ``repeats`` times.
+    """Seconds of each further token of an answer to every prompt of ``inputs`` under each program and its decoder,
+    ``repeats`` times.
 
     From answers of one and of ``STEPS`` more tokens, which no stop ends, so all streams, passes and goings back count.
     """
 
-    def answer(tokens: int) -> float:
+    def answer(tokens: int, decoder: Decoder | None) -> float:
         return _timed(model, lambda: generate(model, inputs, max_new_tokens=tokens, stop=-1, decoder=decoder))
 
-    return _in_turn(model, programs, repeats, lambda: (answer(1 + STEPS) - answer(1)) / STEPS)
+    def token(number: int) -> float:
+        decoder = decoders[number]
+        return (answer(1 + STEPS, decoder) - answer(1, decoder)) / STEPS
+
+    return _in_turn(model, programs, repeats, token)
 
 
 def _in_turn(
-    model: BaseVlm, programs: Sequence[Program], repeats: int, measure: Callable[[], float]
+    model: BaseVlm, programs: Sequence[Program], repeats: int, measure: Callable[[int], float]
 ) -> list[list[float]]:
-    """What is measured under each program, which take turns in every repeat, so that what else the machine does falls
+    """What is measured under each program, by its number; they take turns in every repeat, so that what else the machine does falls
     on all of them. One turn before that warms up."""
     found: list[list[float]] = [[] for _ in programs]
     for repeat in range(repeats + 1):
         for number, program in enumerate(programs):
             with attach(model, program):
-                value = measure()
+                value = measure(number)
             if repeat:
                 found[number].append(value)
     return found

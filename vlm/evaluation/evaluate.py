@@ -20,6 +20,7 @@ from vlm.evaluation.cost import prefill_seconds, prompt_cost, token_seconds
 from vlm.evaluation.pictures import draw_pictures
 from vlm.models.base import BaseVlm
 from vlm.models.program.attach import attach
+from vlm.models.program.decode import Decoder
 from vlm.models.program.program import Program
 from vlm.progress import Progress
 from vlm.recipe import Recipe, RecipeError
@@ -99,14 +100,17 @@ def evaluate(recipe: Recipe, model: BaseVlm, tokenizer: PreTrainedTokenizerBase,
     results = []
     plain: dict[str, dict[str, str]] = {}  # the answers without any method, which the others are paired with
     programs = [program_of(row, model.facts) for row in rows]
-    for row, program in zip(rows, programs, strict=True):
+    decoders = [decoder_of(recipe, row) for row in rows]
+    for row, program, decoder in zip(rows, programs, decoders, strict=True):
+        for bench in asked:
+            bench.ask.decoder = decoder
         with attach(model, program):
             result, answers = _evaluate_row(row, model, benches, plain, tick)
         results.append(result)
         if row.is_plain:
             plain = plain or answers
     if asked:
-        _time(results, model, asked[0], programs)
+        _time(results, model, asked[0], programs, decoders)
     facts = {
         "name": recipe.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -122,11 +126,17 @@ def evaluate(recipe: Recipe, model: BaseVlm, tokenizer: PreTrainedTokenizerBase,
     return path
 
 
-def _time(results: list[dict[str, Any]], model: BaseVlm, bench: Bench, programs: Sequence[Program]) -> None:
+def _time(
+    results: list[dict[str, Any]],
+    model: BaseVlm,
+    bench: Bench,
+    programs: Sequence[Program],
+    decoders: Sequence[Decoder | None],
+) -> None:
     """Add the times of a prefill, and of a token after it, for the first prompts of a benchmark."""
     prompts = bench.ask.inputs(bench.prompts[: min(bench.ask.batch, TIMED)])
     prefills = prefill_seconds(model, prompts, programs)
-    tokens = token_seconds(model, prompts, programs, bench.ask.decoder)
+    tokens = token_seconds(model, prompts, programs, decoders)
     for result, prefill, token in zip(results, prefills, tokens, strict=True):
         result["cost"] |= {"prefill_s": median(prefill), "token_s": median(token)}
 
@@ -166,6 +176,7 @@ def _evaluate_row(
         "prune": row.prune.record() if row.prune else None,
         "kv": row.kv.record() if row.kv else None,
         "mitigate": (mitigate[0] if len(mitigate) == 1 else mitigate) or None,
+        "decode": row.decode.record() if row.decode else None,
         "metrics": metrics,
         "cost": cost,
         "change": change,

@@ -68,7 +68,7 @@ class RecipeModel(lmms):
         self.collate = build_collate(self.encoder, tokenizer)
         self.pictures: dict[str, Callable[[], Image.Image]] = {}  # by key; a whole benchmark may not fit in memory
         read, batch = self._read, self.recipe.evaluate.batch
-        self.asker = Asker(self.model, tokenizer, self.encoder, read, batch, decoder_of(self.recipe))
+        self.asker = Asker(self.model, tokenizer, self.encoder, read, batch, decoder_of(self.recipe, chosen))
         self.attached = ExitStack()
         self.attached.enter_context(attach(self.model, program_of(chosen, self.model.facts)))
 

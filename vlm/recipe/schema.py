@@ -249,23 +249,35 @@ class Stage(Section):
 
 
 class Comparison(Section):
-    """One row of the evaluation: the model with this pruner, cache policy and mitigators; what is absent is off."""
+    """One row of the evaluation: the model with this pruner, cache policy and mitigators; what is absent is off.
+
+    decode: how this row chooses tokens, as ``evaluate.decode`` says where it is absent.
+    """
 
     prune: Method | None = None
     kv: Method | None = None
     mitigate: Annotated[tuple[Method, ...], OneOrMore] = ()
+    decode: Method | None = None
     label: Str | None = None
 
     @property
     def is_plain(self) -> bool:
         """Whether nothing is switched on."""
-        return not (self.prune or self.kv or self.mitigate)
+        return not (self.prune or self.kv or self.mitigate or self.decode)
 
     @property
     def title(self) -> str:
         """The label, or what is switched on, or ``plain``."""
-        methods = [method for method in (self.prune, self.kv) if method]
-        return self.label or " + ".join(method.title for method in [*methods, *self.mitigate]) or "plain"
+        methods = [method for method in (self.prune, self.kv, *self.mitigate, self.decode) if method]
+        return self.label or " + ".join(method.title for method in methods) or "plain"
+
+
+class During(Section):
+    """Benchmarks while training: ``limit`` questions of each, or of those named, every so many steps of a stage."""
+
+    every: AtLeastOne
+    limit: AtLeastOne = 64
+    benchmarks: Annotated[tuple[Name, ...], OneOrMore] = ()
 
 
 class Evaluate(Section):
@@ -274,6 +286,16 @@ class Evaluate(Section):
     decode: Method | None = None
     batch: AtLeastOne = 64
     pictures: NotNegative = 6
+    during: During | None = None
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        for number, label in enumerate(self.during.benchmarks if self.during else ()):
+            if label not in self.benchmarks:
+                raise problem(unknown(label, self.benchmarks), "during", "benchmarks", number)
+        if self.during and not self.benchmarks:
+            raise problem("asks benchmarks, but evaluate.benchmarks names none", "during")
+        return self
 
 
 class Save(Section):
@@ -390,6 +412,7 @@ class Recipe(Section):
             yield from (("prune", prune) for prune in [row.prune] if prune)
             yield from (("kv", kv) for kv in [row.kv] if kv)
             yield from (("mitigate", mitigate) for mitigate in row.mitigate)
+        yield from (("decode", row.decode) for row in self.evaluate.compare if row.decode)
 
     def identity(self) -> dict[str, Any]:
         """What determines the trained weights, with JSON's types: no folder, no hardware, no logging, no evaluation.

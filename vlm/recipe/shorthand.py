@@ -30,6 +30,7 @@ _METHODS = (
     "evaluate.compare.*.prune",
     "evaluate.compare.*.kv",
     "evaluate.compare.*.mitigate",
+    "evaluate.compare.*.decode",
 )
 _LIBRARIES = ("timm", "hf")
 # The keys of a stage that hold a mapping: an entry with one of these alone is no `- name: {...}`.

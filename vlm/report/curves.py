@@ -103,7 +103,7 @@ def by_position(evaluation: Evaluation) -> Html:
         charts.append(_position_chart("Plain model", lines))
     families = {
         "pruned": [result for result in evaluation.methods if (result.prune or result.kv) and not result.mitigate],
-        "mitigated": [result for result in evaluation.methods if result.mitigate],
+        "mitigated": [result for result in evaluation.methods if result.mitigate or result.decode],
     }
     for name in names:
         for family, members in families.items():

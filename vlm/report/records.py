@@ -108,7 +108,8 @@ class Change(Value):
 
 
 class Result(Value):
-    """One row of the comparison: a pruner and mitigators (both absent: plain) with scores, cost and protocol.
+    """One row of the comparison, with scores, cost and protocol: a pruner, a cache policy, mitigators and a decoder of its
+    own, all absent in the plain one.
 
     ``change[benchmark][field]``, where an evaluation gives it, is the paired change against plain.
     """
@@ -117,6 +118,7 @@ class Result(Value):
     prune: dict[str, Any] | None = None
     kv: dict[str, Any] | None = None
     mitigate: dict[str, Any] | list[dict[str, Any]] | None = None
+    decode: dict[str, Any] | None = None
     metrics: dict[str, Scores] = {}
     change: dict[str, dict[str, Change]] = {}
     cost: Cost = Cost()
@@ -124,7 +126,7 @@ class Result(Value):
 
     @property
     def is_plain(self) -> bool:
-        return not self.prune and not self.kv and not self.mitigate
+        return not (self.prune or self.kv or self.mitigate or self.decode)
 
 
 class Evaluation(Value):

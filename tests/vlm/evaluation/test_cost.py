@@ -116,7 +116,7 @@ def test_a_further_token_is_what_more_tokens_take_longer(model, monkeypatch):
 
     monkeypatch.setattr(cost, "generate", answer)
     monkeypatch.setattr(cost.time, "perf_counter", lambda: clock[0])
-    assert token_seconds(model, prompts(3), [(), ()], repeats=2) == [[2, 2], [2, 2]]
+    assert token_seconds(model, prompts(3), [(), ()], [None, None], repeats=2) == [[2, 2], [2, 2]]
     assert asked == [1 + cost.STEPS, 1] * 6
 
 
