@@ -108,8 +108,8 @@ class Change(Value):
 
 
 class Result(Value):
-    """One row of the comparison, with scores, cost and protocol: a pruner, a cache policy, mitigators and a decoder of its
-    own, all absent in the plain one.
+    """One row of the comparison, with scores, cost and protocol: a pruner, a cache policy, mitigators and a decoder
+    of its own, all absent in the plain one.
 
     ``change[benchmark][field]``, where an evaluation gives it, is the paired change against plain.
     """
