@@ -16,6 +16,7 @@ from urllib.parse import unquote
 
 import fsspec
 
+from vlm.data import remote
 from vlm.data.errors import DataError
 
 SCHEMES = ("file", "http", "https", "s3", "gs", "gcs", "hf")
@@ -95,10 +96,7 @@ def open_binary(address: str) -> BinaryIO:
     """A seekable file for reading. Raises DataError if there is no such file."""
     path = local_path(address)
     try:
-        if path:
-            return path.open("rb")
-        files, name = fsspec.core.url_to_fs(address)
-        return cast(BinaryIO, files.open(name, "rb"))
+        return path.open("rb") if path else cast(BinaryIO, remote.open_file(address))
     except FileNotFoundError:
         raise DataError(f"{address}: expected a file, found none") from None
 
@@ -107,10 +105,7 @@ def read_bytes(address: str) -> bytes | None:
     """All of a small file, or None if there is none."""
     path = local_path(address)
     try:
-        if path:
-            return path.read_bytes()
-        files, name = fsspec.core.url_to_fs(address)
-        return files.cat_file(name)
+        return path.read_bytes() if path else remote.read_all(address)
     except FileNotFoundError:
         return None
 
@@ -119,10 +114,7 @@ def byte_size(address: str) -> int:
     """Size of a file in bytes. Raises DataError if there is no such file."""
     path = local_path(address)
     try:
-        if path:
-            return path.stat().st_size
-        files, name = fsspec.core.url_to_fs(address)
-        return int(files.size(name))
+        return path.stat().st_size if path else remote.byte_size(address)
     except FileNotFoundError:
         raise DataError(f"{address}: expected a file, found none") from None
 

@@ -13,8 +13,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
-import fsspec
-
+from vlm.data import remote
 from vlm.data.address import local_path
 from vlm.data.errors import DataError
 from vlm.data.index import Index, Manifest, Row, load_index
@@ -77,7 +76,7 @@ class Store:
         pieces = [(row.offset, row.size), *((medium.offset, medium.size) for medium in row.media)]
         start = min(offset for offset, _ in pieces)
         end = max(offset + size for offset, size in pieces)
-        content = self._read_range(shard, start, end)
+        content = self._content(row, shard, start, end)
         if len(content) != end - start:
             where = self.manifest.shards[shard].address
             raise DataError(f"sample {row.key}: {where}: expected {end - start} bytes at {start}, found {len(content)}")
@@ -89,7 +88,7 @@ class Store:
         shard, row = self._locate(number)
         if row.problem:
             raise DataError(row.problem)
-        document = self._read_range(shard, row.offset, row.offset + row.size)
+        document = self._content(row, shard, row.offset, row.offset + row.size)
         return parse_record(row.key, document, [medium.size for medium in row.media])
 
     @cached_property
@@ -113,12 +112,17 @@ class Store:
             self._indexes[shard] = index
         return self._indexes[shard]
 
+    def _content(self, row: Row, shard: int, start: int, end: int) -> bytes:
+        try:
+            return self._read_range(shard, start, end)
+        except DataError as error:  # of a remote address; it knows no sample
+            raise DataError(f"sample {row.key}: {error}") from error
+
     def _read_range(self, shard: int, start: int, end: int) -> bytes:
         address = self.manifest.shards[shard].address
         path = local_path(address)
         if path is None:
-            files, name = fsspec.core.url_to_fs(address)
-            return files.cat_file(name, start=start, end=end)
+            return remote.read_range(address, start, end)
         return os.pread(self._file(shard, str(path)), end - start, start)
 
     def _file(self, shard: int, path: str) -> int:
