@@ -13,6 +13,7 @@ from vlm.companion import companion
 from vlm.create import create
 from vlm.data.batch import collate
 from vlm.data.chat import TEMPLATES, ChatEncoder
+from vlm.data.errors import DataError
 from vlm.data.images import ImageTransform
 from vlm.data.index import load_manifest
 from vlm.models.language import build_language, load_language, load_tokenizer
@@ -62,7 +63,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, meta: bool =
     model.tokenize = partial(_token_ids, tokenizer)
     model.detokenize = partial(_text, tokenizer)
     model.companion = partial(companion, recipe, tokenizer, meta)
-    model.shelf = Shelf(partial(artifact_path, recipe))
+    model.shelf = Shelf(partial(artifact_path, recipe), None, {})
     torch.manual_seed(recipe.seed)  # of the adapters, whatever was drawn before
     with torch.device("meta") if meta else nullcontext():
         for role, lora in adapters_of(recipe).items():
@@ -172,8 +173,16 @@ def program_of(row: Comparison, facts: Facts) -> Program:
 def artifact_path(recipe: Recipe, who: str, settings: Mapping[str, Any]) -> Path:
     """Where the calibration of a method lies: named after the recipe's model, the method's settings and the data."""
     model = {key: value for key, value in recipe.identity().items() if key not in ("mitigate", "kv")}
-    data = [load_manifest(list(source.shards)).hash for source in recipe.data.sources.values()]
+    data = [_hash(list(source.shards)) for source in recipe.data.sources.values()]
     return Path(recipe.run.dir) / "calibration" / f"{who}-{digest(model, dict(settings), data)}.safetensors"
+
+
+def _hash(shards: list[str]) -> str:
+    """The hash of a source; of one that is yet to be made there is none."""
+    try:
+        return load_manifest(shards).hash
+    except DataError:
+        return ""
 
 
 def decoder_of(recipe: Recipe, row: Comparison | None = None) -> Decoder | None:

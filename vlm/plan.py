@@ -16,9 +16,10 @@ from vlm.evaluation.forecast import forecast
 from vlm.models.base import BaseVlm
 from vlm.models.errors import ModelError
 from vlm.models.lora import adapters, is_adapter
+from vlm.models.program.artifact import AUTO, calibration_of
 from vlm.models.program.attach import check
 from vlm.models.program.decode import Decoder, check_decoder
-from vlm.models.program.program import Program
+from vlm.models.program.program import Edit, Gate, Prepare, Program, Rescore
 from vlm.models.program.schedule import TEXT
 from vlm.models.program.signals import Facts
 from vlm.packing import plan_packs
@@ -28,16 +29,42 @@ from vlm.recipe.schema import Comparison, Training
 from vlm.training.memory import check_switches
 from vlm.training.stages import check_stage
 
+ANSWERS_ONLY = (Rescore, Gate, Edit, Prepare)  # ops that a training pass refuses
 EXAMPLE = 1024  # visual tokens of the image that costs are told for where their number depends on the image
 
 
 def programs_of(recipe: Recipe, facts: Facts) -> dict[str, Program]:
     """Every program that the recipe will attach, by the title of its row.
 
-    Raises ModelError for a method that does not fit the model, with its place in the recipe.
+    Raises ModelError for a method that does not fit the model, or not the training that it shall act in, with its place
+    in the recipe; RecipeError for one to be calibrated on data that there are none of.
     """
-    rows = (recipe.own.model_copy(update={"label": "the recipe's own"}), *recipe.comparisons)
-    return {row.title: _program(row, facts, decoder_of(recipe, row)) for row in rows}
+    own = recipe.own.model_copy(update={"label": "the recipe's own"})
+    programs = {row.title: _program(row, facts, decoder_of(recipe, row)) for row in (own, *recipe.comparisons)}
+    if recipe.stages and recipe.run.weights is None:
+        _check_training(recipe, programs[own.title])
+    if facts.shelf is not None and facts.shelf.awaited and not recipe.data.sources:
+        who = next(iter(facts.shelf.awaited.values()))
+        raise RecipeError(f"{who}: auto is found on samples of data.sources; expected a source, found none")
+    return programs
+
+
+def _check_training(recipe: Recipe, program: Program) -> None:
+    """Refuse what is for answers only, before the first step does. Raises ModelError."""
+    for method in recipe.mitigate:
+        option = calibration_of(create("mitigate", method))
+        if option is not None and option[1] == AUTO:
+            raise ModelError(
+                f"{method.where or method.use}: {method.use}.{option[0]}: auto is found after training, so the method "
+                "cannot act in it; give it to the rows of evaluate.compare, not to the recipe itself"
+            )
+    acts = next((str(site) for site, op in program if isinstance(op, ANSWERS_ONLY)), None)
+    if acts is not None:
+        where = next((method.where for method in recipe.mitigate if method.where), "") or "mitigate"
+        raise ModelError(
+            f"{where}: this method acts at {acts} on a text that grows, which training does not have; give it to the "
+            "rows of evaluate.compare, not to the recipe itself"
+        )
 
 
 def _program(row: Comparison, facts: Facts, decoder: Decoder | None) -> Program:
@@ -209,13 +236,18 @@ def _programs(recipe: Recipe, model: BaseVlm) -> list[str]:
         rows.append((title, *counts, *shares))
     costs = f"prefill FLOPs and KV bytes against plain, {TEXT} text tokens"
     note = f"{_before(model, full)}; {costs}."
-    return [*table(rows), note, *(["<= where a pruner itself decides how many tokens stay."] if most else [])]
+    awaited = sorted(set((facts.shelf.awaited or {}).values())) if facts.shelf is not None else []
+    calibrated = f"Found on the data before the evaluation, or ahead by `vlm calibrate`: {', '.join(awaited)}."
+    marks = ["<= where a pruner itself decides how many tokens stay."] if most else []
+    return [*table(rows), note, *marks, *([calibrated] if awaited else [])]
 
 
 def _before(model: BaseVlm, full: int) -> str:
     """How many visual tokens an image has before any cut."""
     if model.most_visual_tokens is None:
         return f"Visual tokens per image: depends on the image; the table is of one with {full}"
+    if getattr(model, "max_patches", 0):
+        return f"Per image 1 to {full} visual tokens before any cut, by its shape; the table is of one with {full}"
     if model.visual_tokens is None:
         return (
             f"Per image {full} visual tokens before any cut at most: the whole image and as many tiles as it may have"

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from vlm.build import build_model, build_tokenizer, for_evaluation, make_data
+from vlm.calibrate import calibrate_missing
 from vlm.evaluation.during import watchers_of
 from vlm.evaluation.evaluate import evaluate
 from vlm.plan import programs_of, table
@@ -93,7 +94,9 @@ def _train_and_evaluate(recipe: Recipe, folder: Path, parts: Sequence[str]) -> N
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "recipe.yaml").write_text(recipe.to_yaml())
         print(f"Evaluating {weights}")  # the newest checkpoint, be it of a run that is not done yet
-        evaluate(recipe, for_evaluation(recipe, model), tokenizer, weights)
+        model = for_evaluation(recipe, model)
+        calibrate_missing(recipe, model, tokenizer)
+        evaluate(recipe, model, tokenizer, weights)
         print("\n".join(found(folder)))
 
 

@@ -1,6 +1,5 @@
 """ACT: Unveiling and Harnessing Hidden Attention Sinks: Enhancing LLMs without Training (ICML 2024)."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -10,12 +9,12 @@ from torch import Tensor
 
 from vlm.kernels.grouped_mass.rules import sink_calibration
 from vlm.models.errors import ModelError
-from vlm.models.program.artifact import AUTO, Calibration
+from vlm.models.program.artifact import AUTO, Artifact, Calibration
 from vlm.models.program.program import Keys, Program, Regroup, attn
 from vlm.models.program.rescore import share
 from vlm.models.program.signals import Facts, Received
 from vlm.models.program.sinks import attention_sinks, chosen_heads
-from vlm.models.program.tune import Asked, best_by_head
+from vlm.models.program.tune import Material, Tick, best_by_head
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,8 @@ class Act:
         """Which heads are calibrated."""
         if self.calibration is None:
             return torch.ones(facts.layers, 1, dtype=torch.bool)
-        found = self.calibration.load(facts, "act", self.settings)
+        like = Artifact({"heads": torch.ones(facts.layers, 1)}, {})
+        found = self.calibration.load(facts, "act", self.settings, like, "calibration")
         return found.get("heads", (facts.layers, None), "act") > 0
 
     @property
@@ -68,7 +68,7 @@ class Act:
         """What a calibration's result depends on."""
         return {name: value for name, value in vars(self).items() if name != "calibration"}
 
-    def calibrate(self, model: Any, asked: Sequence[Asked], tick: Callable[[], None]) -> dict[str, Tensor]:
+    def calibrate(self, model: Any, material: Material, tick: Tick) -> Artifact:
         """The heads that raise accuracy when they alone are calibrated."""
         layers = self.span(model.facts)
 
@@ -77,7 +77,8 @@ class Act:
             heads[layer, head] = bool(on)
             return self.calibrated(heads, layers)
 
-        return {"heads": best_by_head(model, asked, program_at, layers, (1.0,), 0.0, "accuracy", tick)}
+        found = best_by_head(model, material.asked, program_at, layers, (1.0,), 0.0, "accuracy", tick)
+        return Artifact({"heads": found}, {})
 
     def calibrated(self, heads: Bool[Tensor, "layers heads"], layers: range) -> Program:
         """The program for given heads; layers without any are left alone."""

@@ -1,6 +1,5 @@
 """ZeroTuning: Unlocking the Initial Token's Power to Enhance Large Language Models Without Training (ICLR 2026)."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -10,12 +9,12 @@ from torch import Tensor
 
 from vlm.kernels.grouped_mass.rules import Static
 from vlm.models.errors import ModelError
-from vlm.models.program.artifact import Calibration
+from vlm.models.program.artifact import Artifact, Calibration
 from vlm.models.program.program import Keys, Program, Regroup, attn
 from vlm.models.program.rescore import share
 from vlm.models.program.signals import Facts
 from vlm.models.program.sinks import first_token
-from vlm.models.program.tune import Asked, best_by_head
+from vlm.models.program.tune import Material, Tick, best_by_head
 
 SWEEP = (0.25, 0.5, 1.5, 2.0, 3.0)  # factors that a calibration tries
 
@@ -53,7 +52,8 @@ class Zerotuning:
         """The factor of each head."""
         if self.calibration is None:
             return torch.full((facts.layers, 1), self.gamma)
-        found = self.calibration.load(facts, "zerotuning", self.settings)
+        like = Artifact({"gamma": torch.full((facts.layers, 1), SWEEP[-1])}, {})
+        found = self.calibration.load(facts, "zerotuning", self.settings, like, "calibration")
         return found.get("gamma", (facts.layers, None), "zerotuning")
 
     @property
@@ -61,7 +61,7 @@ class Zerotuning:
         """What a calibration's result depends on."""
         return {"objective": self.objective, "layers": self.layers, "rows": self.rows}
 
-    def calibrate(self, model: Any, asked: Sequence[Asked], tick: Callable[[], None]) -> dict[str, Tensor]:
+    def calibrate(self, model: Any, material: Material, tick: Tick) -> Artifact:
         """The factor of each head that serves the objective best, each head by itself."""
         layers = share(model.facts, "zerotuning", self.layers or (0, model.facts.layers - 1), 0, 0)
 
@@ -70,7 +70,8 @@ class Zerotuning:
             gammas[layer, head] = gamma
             return self.tuned(gammas, layers)
 
-        return {"gamma": best_by_head(model, asked, program_at, layers, SWEEP, 1.0, self.objective, tick)}
+        gamma = best_by_head(model, material.asked, program_at, layers, SWEEP, 1.0, self.objective, tick)
+        return Artifact({"gamma": gamma}, {})
 
     def tuned(self, gammas: Float[Tensor, "layers heads"], layers: range) -> Program:
         """The program for given factors; layers in which all are 1 are left alone."""

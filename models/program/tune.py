@@ -1,7 +1,7 @@
 """Calibration by trying: how well a model answers under a program, head by head."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -13,11 +13,48 @@ from vlm.models.program.program import Program
 Objective = Literal["accuracy", "entropy"]
 
 
+Tick = Callable[[int, int], None]  # done, total
+
+
 class Asked(NamedTuple):
     """Prompts and the token that each answer begins with."""
 
     inputs: Any
     answer: Int[Tensor, " batch"]
+
+
+class Described(NamedTuple):
+    """Prompts with an image each, what the data answer, and what they would answer if they made something up ("" where
+    nobody can say)."""
+
+    inputs: Any
+    texts: Sequence[str]
+    wrong: Sequence[str] = ()
+
+
+class Judged(NamedTuple):
+    """Prompts, the tokens that the model itself answers, and the number of each token that begins the name of an
+    object, with whether the picture is known not to show it."""
+
+    inputs: Any
+    answers: Sequence[Sequence[int]]
+    mentions: Sequence[Sequence[tuple[int, bool]]]
+
+
+class Material(Protocol):
+    """What calibrations may ask of the samples of a data source; each is made when it is asked for, in batches."""
+
+    @property
+    def asked(self) -> Sequence[Asked]: ...
+
+    @property
+    def described(self) -> Sequence[Described]: ...
+
+    @property
+    def captioned(self) -> Sequence[Described]: ...
+
+    @property
+    def judged(self) -> Sequence[Judged]: ...
 
 
 @torch.no_grad()
@@ -42,19 +79,19 @@ def best_by_head(
     values: Sequence[float],
     neutral: float,
     objective: Objective,
-    tick: Callable[[], None] = lambda: None,
+    tick: Tick = lambda done, total: None,
 ) -> Float[Tensor, "layers heads"]:
     """For every head alone the value that scores best, ``neutral`` where none is better than the bare model; the first
     of several. program_at(layer, head, value) changes that head only. Costs a pass for each head and value."""
     config = model.decoder.config
     best = torch.full((config.num_hidden_layers, config.num_attention_heads), neutral)
     bare = answer_score(model, asked, (), objective)
-    for layer in layers:
+    for number, layer in enumerate(layers):
         for head in range(best.shape[1]):
             top = bare
             for value in values:
                 score = answer_score(model, asked, program_at(layer, head, value), objective)
                 if score > top:
                     top, best[layer, head] = score, value
-            tick()
+            tick(number * best.shape[1] + head + 1, len(layers) * best.shape[1])
     return best
