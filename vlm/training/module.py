@@ -68,6 +68,7 @@ class TrainingModule(LightningModule):
         self.last: Loss | None = None  # of the micro-batch just done, for callbacks
         self.step, self.window_weight = 0, 0.0
         self.grad_norm = 0.0  # of the whole gradient of the last step, before clipping
+        self.gradients: list[Tensor] = []  # of all parameters, from the check of a step to its clipping
         self.stop, self.told_to_stop = False, bool  # whether the ranks end after this step; this rank was told to
         self.counted = (0, 0)  # tokens of the micro-batch, without and with padding
         self.window: list[tuple[Tensor, list[str]]] = []  # loss and sample keys since the last optimizer step
@@ -121,7 +122,8 @@ class TrainingModule(LightningModule):
             broken_here = sum(not loss.isfinite() for loss, _ in window)
             norm = math.nan if total([float(broken_here)])[0] else 0.0
         else:
-            norm = self.grad_norm = float(gathered(torch.nn.utils.get_total_norm(self._gradients())))
+            self.gradients = [p.grad for p in self.parameters() if p.grad is not None]
+            norm = self.grad_norm = float(gathered(torch.nn.utils.get_total_norm(self.gradients)))
         if math.isfinite(norm):
             return
         broken = gather([key for loss, keys in window if not loss.isfinite() for key in keys])
@@ -134,9 +136,6 @@ class TrainingModule(LightningModule):
             f" samples: {', '.join(keys[:8])}{more}"
         )
 
-    def _gradients(self) -> list[Tensor]:
-        return [p.grad for p in self.parameters() if p.grad is not None]
-
     def configure_gradient_clipping(
         self,
         optimizer: torch.optim.Optimizer,
@@ -147,8 +146,9 @@ class TrainingModule(LightningModule):
 
         The same number on every rank, so shards may be scaled one by one.
         """
+        gradients, self.gradients = self.gradients, []
         if gradient_clip_val is not None and (share := gradient_clip_val / (self.grad_norm + 1e-6)) < 1:
-            torch._foreach_mul_([local(gradient) for gradient in self._gradients()], share)
+            torch._foreach_mul_([local(gradient) for gradient in gradients], share)
 
     def _agree(self, micro: MicroBatch) -> float:
         """The weight of the whole global batch, over its micro-batches and all ranks; and whether to stop after it.
