@@ -19,7 +19,7 @@ from vlm.models.lora import adapters, is_adapter
 from vlm.models.program.artifact import AUTO, calibration_of
 from vlm.models.program.attach import check
 from vlm.models.program.decode import Decoder, check_decoder
-from vlm.models.program.program import Edit, Gate, Prepare, Program, Rescore
+from vlm.models.program.program import Edit, EditBlock, Gate, Prepare, Program, Rescore
 from vlm.models.program.schedule import TEXT
 from vlm.models.program.signals import Facts
 from vlm.packing import plan_packs
@@ -29,7 +29,7 @@ from vlm.recipe.schema import Comparison, Training
 from vlm.training.memory import check_switches
 from vlm.training.stages import check_stage
 
-ANSWERS_ONLY = (Rescore, Gate, Edit, Prepare)  # ops that a training pass refuses
+ANSWERS_ONLY = (Rescore, Gate, Edit, EditBlock, Prepare)  # ops that a training pass refuses
 EXAMPLE = 1024  # visual tokens of the image that costs are told for where their number depends on the image
 
 

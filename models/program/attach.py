@@ -41,7 +41,7 @@ from vlm.models.program.cache import (
 from vlm.models.program.contexts import MAIN
 from vlm.models.program.cutting import given, resequence, tokens_of
 from vlm.models.program.inner import watch
-from vlm.models.program.inside import hook_layers, put_row, regrouped, rescored
+from vlm.models.program.inside import hook_encoder, hook_layers, put_row, regrouped, rescored
 from vlm.models.program.layout import compact
 from vlm.models.program.program import (
     LLM_IN,
@@ -91,6 +91,7 @@ class Engine:
         self.gates = _at(program, Gate)
         self.edits = _at(program, Edit)
         self.acts_in_layers = bool(self.gates or self.edits)
+        self.edits_encoder = any(site.name == "vit.resid" for site, _ in program)
         self.taps = _at(program, Tap)
         self.evict = next((op for _, op in program if isinstance(op, Evict)), None)
         self.evict_step = next((op for _, op in program if isinstance(op, EvictStep)), None)
@@ -141,7 +142,7 @@ class Engine:
         if self.observer is None:
             if weights is not None and self.prepares:
                 raise ModelError("prompt: this method changes prompts that are to be answered; found a training pass")
-            if weights is not None and (self.rescores or self.acts_in_layers):
+            if weights is not None and (self.rescores or self.acts_in_layers or self.edits_encoder):
                 raise ModelError(
                     "mitigate: this method acts on the newest row of a text that grows, which training does not have; "
                     "give it to the rows of evaluate.compare, not to the recipe itself"
@@ -461,6 +462,7 @@ def attach(model: Any, program: Program, impl: str = "auto") -> Iterator[None]:
     try:
         if engine.vision is not None:
             hooks += engine.vision.hook()
+        hooks += hook_encoder(model, program, lambda: bool(engine.observer))
         hooks += watch(decoder, engine.inner, _run_of)
         acts = (engine.gates, engine.edits, _run_of, engine.sight, lambda: bool(engine.observer))
         hooks += hook_layers(decoder, *acts)

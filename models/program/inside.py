@@ -15,7 +15,7 @@ from vlm.kernels.grouped_mass import grouped_mass_attention
 from vlm.kernels.visibility import Common
 from vlm.models.errors import ModelError
 from vlm.models.program.layout import Layout
-from vlm.models.program.program import Edit, Gate, Keys, Regroup, Rescore
+from vlm.models.program.program import Edit, EditBlock, Gate, Keys, Program, Regroup, Rescore
 from vlm.models.program.run import Run
 
 Sight = Callable[[Run, int], Keys]  # what an op sees of a layer
@@ -128,6 +128,19 @@ def hook_layers(
     return handles
 
 
+def hook_encoder(model: Any, program: Program, resting: Callable[[], bool]) -> list[RemovableHandle]:
+    """Hooks that make the program's edits of the vision encoder, but while it is ``resting``. Raises ModelError for a
+    block that is built otherwise."""
+
+    def editing(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+        return lambda mlp, args, out: None if resting() else change(out).to(out.dtype)
+
+    edits = [(site.layer, op) for site, op in program if isinstance(op, EditBlock)]
+    return [
+        _mlp(model.vision.blocks[number], "vit.resid").register_forward_hook(editing(op.change)) for number, op in edits
+    ]
+
+
 class _Now:
     """The run that a layer is in, for the modules inside it, which are not told."""
 
@@ -177,7 +190,7 @@ def output_projection(layer: Any) -> nn.Module:
     raise ModelError(f"heads: {type(layer).__name__} has no self_attn.o_proj, where the outputs of heads are joined")
 
 
-def _mlp(layer: Any) -> nn.Module:
+def _mlp(layer: Any, site: str = "resid") -> nn.Module:
     if isinstance(found := getattr(layer, "mlp", None), nn.Module):
         return found
-    raise ModelError(f"resid: {type(layer).__name__} has no mlp whose output could be edited")
+    raise ModelError(f"{site}: {type(layer).__name__} has no mlp whose output could be edited")

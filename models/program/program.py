@@ -55,6 +55,11 @@ def vit_after(block: int) -> Site:
     return Site("vit.after", block)
 
 
+def vit_resid(block: int) -> Site:
+    """What the MLP of a block of the vision encoder adds."""
+    return Site("vit.resid", block)
+
+
 def llm_before(layer: int) -> Site:
     """The hidden states that enter decoder layer ``layer`` (after ``layer`` layers)."""
     return Site("llm.before", layer)
@@ -226,6 +231,13 @@ class Edit:
     needs: tuple[Signal, ...] = ()
 
 
+@dataclass(frozen=True)
+class EditBlock:
+    """Op at ``vit.resid[l]``: ``change(x)`` instead of x, what the block's MLP adds, at every token of every view."""
+
+    change: Callable[[Float[Tensor, "views tokens width"]], Float[Tensor, "views tokens width"]]
+
+
 class Now(NamedTuple):
     """What a logits stage sees: the next-token logits of the decode's streams, one row for each text that grows.
 
@@ -322,7 +334,7 @@ class Prepare:
 
 
 Inside = Regroup | Rescore | Gate | Edit  # ops that change what a decoder layer does with a sequence as it is
-Op = Prepare | Select | Inside | Rewrite | Control | Cascade | Tap | Evict | EvictStep | ReadStep
+Op = Prepare | Select | Inside | EditBlock | Rewrite | Control | Cascade | Tap | Evict | EvictStep | ReadStep
 Program = tuple[tuple[Site, Op], ...]
 
 
@@ -359,7 +371,7 @@ def needs_of(op: Op, layers: int) -> tuple[Signal, ...]:
         return op.selector.needs
     if isinstance(op, Tap):
         return (op.signal,)
-    if isinstance(op, EvictStep | Prepare | Cascade):
+    if isinstance(op, EvictStep | Prepare | Cascade | EditBlock):
         return ()
     if isinstance(op, Inside | Rewrite | Control):
         return op.needs
@@ -393,10 +405,10 @@ def _check_site(site: Site, facts: Facts) -> None:
         first = 1 if site.name == "llm.before" else 0
         if not first <= site.layer < facts.layers:
             raise ModelError(f"{site}: the language model has layers {first}..{facts.layers - 1}; found {site.layer}")
-    if in_encoder(site):
+    if in_encoder(site) or site.name == "vit.resid":
         if facts.vision is None:
             raise ModelError(f"{site}: {facts.refuses.get('vit.out', 'this vision encoder is hidden from programs')}")
-        if facts.vision.cuts:
+        if facts.vision.cuts and in_encoder(site):
             raise ModelError(f"{site}: tokens cannot go inside this vision encoder: {facts.vision.cuts}")
         facts.vision.block(site.layer, str(site))
 
@@ -407,6 +419,8 @@ def _check_together(program: Program) -> None:
         if cuts.count(site) > 1:
             raise ModelError(f"{site}: two cuts at one site; found {', '.join(map(str, cuts))}")
     kinds = {type(op) for _, op in program}
+    if EditBlock in kinds and any(in_encoder(site) for site in cuts):
+        raise ModelError("vit.resid: its edits are of every token, and a pruner drops some inside the encoder")
     for site in {site for site, op in program if isinstance(op, Regroup | Rescore)}:
         found = [type(op).__name__ for at, op in program if at == site and isinstance(op, Regroup | Rescore)]
         if len(found) > 1:

@@ -1,12 +1,16 @@
 """Steering: directions in the residual stream, and how what an MLP adds is turned toward them (VISTA, VTI)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vlm.models.errors import ModelError
 from vlm.models.program.observe import resting
+from vlm.models.program.perturb import masked, pixel_seed
+from vlm.models.program.prompts import last_place
 from vlm.models.program.segments import unit
 
 
@@ -38,6 +42,78 @@ def image_direction(model: Any, inputs: Any) -> Float[Tensor, "batch layers widt
     return change * shown.to(change)[:, None, None]
 
 
+def text_change(
+    model: Any, inputs: Any, right: Sequence[str], wrong: Sequence[str]
+) -> Float[Tensor, "batch layers width"]:
+    """How the states of the last token of prompt and answer differ between a right answer and a made-up one. Takes two
+    passes. Source: VTI (arXiv 2410.15778), section 4.2."""
+    end = last_place(inputs.valid)
+    states = [
+        last_states(model, inputs.edit([list(model.tokenize(t)) for t in texts], end)) for texts in (right, wrong)
+    ]
+    return states[0] - states[1]
+
+
+@torch.no_grad()
+def block_states(model: Any, inputs: Any) -> Float[Tensor, "views blocks tokens width"]:
+    """What leaves each block of the vision encoder, in a pass of the bare model. Raises ModelError for blocks whose
+    states are no [views, tokens, width], the same in all."""
+    found: list[Tensor] = []
+
+    def keep(block: nn.Module, args: tuple, out: Any) -> None:
+        found.append(out[0] if isinstance(out, tuple) else out)
+
+    handles = [block.register_forward_hook(keep) for block in model.vision.blocks]
+    try:
+        with resting(model):
+            model._enter(inputs, None)
+    finally:
+        for handle in handles:
+            handle.remove()
+    shapes = {tuple(states.shape) for states in found}
+    if len(shapes) != 1 or found[0].ndim != 3:
+        raise ModelError(f"vit.resid: expected blocks that all hand on [views, tokens, width]; found {sorted(shapes)}")
+    return torch.stack(found, 1)
+
+
+def masking_change(model: Any, inputs: Any, ratio: float, masks: int) -> Float[Tensor, "views blocks tokens width"]:
+    """How the encoder's states, averaged over ``masks`` copies of each picture of which that share of the patches is
+    blank, differ from those of the picture. Which patches goes by the picture's own pixels, drawn on the CPU.
+
+    Source: VTI (arXiv 2410.15778), section 4.1.
+    """
+    rows, cols = model.vision.grid
+    shown = rows * cols - round(ratio * rows * cols)
+    total = -masks * block_states(model, inputs)
+    for mask in range(masks):
+
+        def blank(pixels: Tensor, number: int, mask: int = mask) -> Tensor:
+            draw = torch.Generator().manual_seed(int(pixel_seed(pixels[None])) + 7919 * mask)
+            kept = torch.zeros(rows * cols, dtype=torch.bool)
+            kept[torch.randperm(rows * cols, generator=draw)[:shown]] = True
+            return masked(pixels, kept.view(rows, cols).to(pixels.device))
+
+        total += block_states(model, model.map_pixels(inputs, blank))
+    return total / masks
+
+
+def principal(changes: Float[Tensor, "samples places width"]) -> Float[Tensor, "places width"]:
+    """The mean change in each place plus the first principal component, of length 1 and turned toward the mean (which
+    side a component points to says nothing); without it where samples do not differ.
+
+    Source: official code of VTI, where the component's side is what its decomposition happens to give.
+    """
+    wide = changes.double()
+    mean = wide.mean(0)
+    centred = (wide - mean).transpose(0, 1)  # [places, samples, width]
+    # of the samples' products: they are few, the width is not
+    length, vectors = torch.linalg.eigh(centred @ centred.transpose(1, 2))
+    first = (vectors[:, :, -1:].transpose(1, 2) @ centred)[:, 0]  # [places, width]
+    first = unit(first) * (length[:, -1:] > 1e-12 * wide.square().sum((0, 2))[:, None])
+    side = torch.where((first * mean).sum(-1, keepdim=True) < 0, -1.0, 1.0)
+    return (mean + side * first).to(changes.dtype)
+
+
 def turned(
     x: Float[Tensor, "batch rows width"],
     direction: Float[Tensor, "#batch width"],
@@ -50,7 +126,7 @@ def turned(
     Source: official codes of VISTA (with the factor) and VTI (without).
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    toward, own = unit(direction)[:, None].to(wide), unit(x).to(wide)  # [B,1,W], [B,R,W]
+    toward, own = unit(direction.to(wide))[:, None], unit(x).to(wide)  # [B,1,W], [B,R,W]
     length = x.to(wide).norm(dim=-1, keepdim=True)
     step = by * toward
     if more_when_opposed:
