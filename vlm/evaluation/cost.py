@@ -109,8 +109,8 @@ def token_seconds(
 def _in_turn(
     model: BaseVlm, programs: Sequence[Program], repeats: int, measure: Callable[[int], float]
 ) -> list[list[float]]:
-    """What is measured under each program, by its number; they take turns in every repeat, so that what else the machine
-    does falls on all of them. One turn before that warms up."""
+    """What is measured under each program, by its number; they take turns in every repeat, so that what else the
+    machine does falls on all of them. One turn before that warms up."""
     found: list[list[float]] = [[] for _ in programs]
     for repeat in range(repeats + 1):
         for number, program in enumerate(programs):
