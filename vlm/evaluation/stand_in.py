@@ -29,7 +29,7 @@ class GivenFeatures(nn.Module):
         return Features(self.features.expand(len(images), -1, -1), self.grid)
 
 
-def stand_in(shape: DecoderShape, vision: nn.Module) -> VisionLanguageModel:
+def stand_in(shape: DecoderShape, vision: nn.Module, vocabulary: int = VOCABULARY) -> VisionLanguageModel:
     """A Llama of that shape behind an encoder and a connector of two layers, in eval mode."""
     config = {
         "model_type": "llama",
@@ -41,7 +41,7 @@ def stand_in(shape: DecoderShape, vision: nn.Module) -> VisionLanguageModel:
         "head_dim": shape.head_dim,
     }
     connector = Mlp(vision.dim, shape.width)  # type: ignore[arg-type]
-    return VisionLanguageModel(vision, connector, build_language(config, VOCABULARY)).eval()
+    return VisionLanguageModel(vision, connector, build_language(config, vocabulary)).eval()
 
 
 def prompt(text: int, device: torch.device | None = None, side: int = 1, vocabulary: int = VOCABULARY) -> Inputs:
