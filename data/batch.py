@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vlm.data.errors import DataError
+from vlm.data.images import joined
 
 
 @dataclass
@@ -42,7 +43,8 @@ class Batch:
     """Examples side by side, right-padded with `pad_id`.
 
     `weights[b, t]` is the loss weight of predicting `tokens[b, t]`. The n-th placeholder in row b stands for the n-th
-    image whose `image_owner` is b. All images of a batch have one size.
+    image whose `image_owner` is b. All images of a batch have one size; pictures that keep their shape stand in the
+    upper left corner, and `tiles` says how much of it they are.
 
     `tiles` is None where every image is one view. Otherwise row n says of image n: rows and columns of its tiles (0 and
     0: it is shown whole only), height and width of the picture; `images` then are views, those of one image together:
@@ -159,6 +161,7 @@ def _stack_images(examples: Sequence[Example]) -> Float[Tensor, "images 3 height
         return torch.zeros(0, 3, 0, 0)
     for example in shown:
         expected, found = tuple(shown[0].images.shape[1:]), tuple(example.images.shape[1:])
-        if found != expected:
+        own_shape = example.tiles and not any(rows for rows, _, _, _ in example.tiles)
+        if found != expected and not own_shape:
             raise DataError(f"sample {example.key}: image: expected the batch's shape {expected}, found {found}")
-    return torch.cat([example.images for example in shown])
+    return joined([example.images for example in shown])

@@ -17,7 +17,7 @@ from vlm.data.batch import Example
 from vlm.data.decode import ImageLimits, decode_image
 from vlm.data.draw import Draw
 from vlm.data.errors import DataError
-from vlm.data.images import ImageTransform
+from vlm.data.images import ImageTransform, joined
 from vlm.data.schema import Message, Part, Sample
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ class ChatEncoder:
         """
         tokens, weights, refs = self.written(sample, draw)
         images = [self.transform.views(decode_image(sample.media[ref], sample.key, self.limits)) for ref in refs]
-        pixels = torch.cat([image.pixels for image in images]) if images else torch.zeros(0, 3, *self.transform.size)
+        pixels = joined([image.pixels for image in images]) if images else torch.zeros(0, 3, *self.transform.size)
         tiles = tuple(image.tiles for image in images if image.tiles is not None)
         return Example(sample.key, tokens, weights, pixels, sample.tags, draw.position, tiles)
 

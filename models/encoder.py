@@ -37,9 +37,14 @@ class Encoder(Protocol):
     published; output is the number of the block whose features are handed over. prefix: tokens before the patches
     (class token, registers). cuts: why tokens cannot go between blocks, empty when they can.
 
-    Three more where they are not as usual: blind, why the attention of blocks cannot be read; spatial, False where a
+    More where they are not as usual: blind, why the attention of blocks cannot be read; spatial, False where a
     token's place in the grid does not say which part of the picture it shows; frozen, names of modules that never
     train.
+
+    max_patches, of an encoder whose pictures keep their shape: the most patches of one, of ``patch`` pixels each side.
+    It is called with the height and width of each picture too, which stands in the upper left corner of its image;
+    tokens of smaller pictures are filled up on the right, ``grids(sizes)`` says each one's rows and columns, and
+    ``patches(images, grids)`` its pixels.
     """
 
     dim: int

@@ -1,4 +1,4 @@
-"""Images that come whole and in tiles (LLaVA-NeXT): which view shows what, and which tokens are padding."""
+"""Images that come whole and in tiles (LLaVA-NeXT), or in their own shapes: what tokens show, and which are padding."""
 
 from typing import NamedTuple
 
@@ -102,6 +102,17 @@ def tile_table(tiles: Int[Tensor, "images 4"], grid: tuple[int, int], spatial: b
     )
     number = nth - (size.cumsum(0) - size)[image, None]
     return TileTable(image, row, col, real, number, size, columns)
+
+
+def shape_table(grids: Int[Tensor, "images 2"]) -> TileTable:
+    """The table of images of one view each that have their own grids (rows and columns), padded to the longest."""
+    size = grids.prod(1)
+    number = torch.arange(int(size.max()), device=grids.device).expand(len(grids), -1)  # [N,T]
+    columns = grids[:, 1:]
+    real = number < size[:, None]
+    row, col = ((place * real) for place in (number // columns, number % columns))
+    image = torch.arange(len(grids), device=grids.device)
+    return TileTable(image, row, col, real, number, size, int(grids[:, 1].max()))
 
 
 def _margins(tiles: Int[Tensor, "images 4"], grid: tuple[int, int]) -> tuple[Tensor, Tensor]:

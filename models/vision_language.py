@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from vlm.models.base import BaseVlm, Overview, pixel_seed
-from vlm.models.encoder import unread
+from vlm.models.encoder import Features, unread
 from vlm.models.errors import ModelError
 from vlm.models.program.debias import picture_share
 from vlm.models.program.layout import Layout, Side, compact
@@ -19,7 +19,7 @@ from vlm.models.program.perturb import edited, insertion
 from vlm.models.program.run import Run
 from vlm.models.program.signals import Vision
 from vlm.models.splice import IMAGE_TOKEN, Visual, check_placeholders, splice
-from vlm.models.tiles import TileTable, tile_table
+from vlm.models.tiles import TileTable, shape_table, tile_table
 
 
 class Inputs(NamedTuple):
@@ -30,6 +30,8 @@ class Inputs(NamedTuple):
 
     tiles: for images that come in several views: rows and columns of each image's tiles, height and width of its
     picture in pixels (any unit will do). ``images`` then holds, image by image, the whole and its tiles row by row.
+    For an encoder whose pictures keep their shape, rows and columns are 0, and each picture stands in the upper left
+    corner of its image with that height and width.
 
     pack: which sequence of the decoder each row goes into (see :mod:`vlm.models.pack`); None: one each.
     """
@@ -71,14 +73,16 @@ class Inputs(NamedTuple):
     def doubled(self) -> "Inputs":
         """The same prompts with their one image twice in succession. Raises ModelError where a row has more of them, or
         an image has tiles."""
-        if self.tiles is not None and len(self.tiles):
+        if self.tiles is not None and bool(self.tiles[:, :2].any()):
             raise ModelError("images: expected images of one view each to show them twice; found tiles")
         count = self.visual.sum(1)
         if len(more := (count > 1).nonzero().flatten()):
             raise ModelError(f"images: expected one image to show it twice; found several in row {int(more[0])}")
         place = torch.arange(1, self.tokens.shape[1] + 1, device=self.tokens.device)
         new = self.edit([[IMAGE_TOKEN] * number for number in count.tolist()], (self.visual * place).amax(1) - 1)
-        return new._replace(images=self.images.repeat_interleave(2, 0), owner=self.owner.repeat_interleave(2, 0))
+        tiles = None if self.tiles is None else self.tiles.repeat_interleave(2, 0)
+        images, owner = self.images.repeat_interleave(2, 0), self.owner.repeat_interleave(2, 0)
+        return new._replace(images=images, owner=owner, tiles=tiles)
 
 
 class VisionLanguageModel(BaseVlm):
@@ -95,6 +99,12 @@ class VisionLanguageModel(BaseVlm):
     def __init__(self, vision: nn.Module, connector: nn.Module, language: PreTrainedModel, max_tiles: int = 0) -> None:
         super().__init__()
         self.vision, self.connector, self.language, self.max_tiles = vision, connector, language, max_tiles
+        if self.max_patches and (max_tiles or not self.connector.token_wise):
+            found = f"{max_tiles} tiles" if max_tiles else f"{type(connector).__name__}, which mixes tokens"
+            raise ModelError(
+                f"model: with {type(vision).__name__}, whose pictures have a grid each, expected image.tiling: none "
+                f"and a connector that works token by token (linear, mlp without shuffle); found {found}"
+            )
         self.visual_grid: tuple[int, int] = self.connector.grid(*self.vision.grid)
 
     @property
@@ -108,13 +118,18 @@ class VisionLanguageModel(BaseVlm):
 
     @property
     def visual_tokens(self) -> int | None:
-        """Visual tokens of an image before any cut; None where images come in tiles."""
-        return None if self.max_tiles else self.most_visual_tokens
+        """Visual tokens of an image before any cut; None where images come in tiles or in their own shapes."""
+        return None if self.max_tiles or self.max_patches else self.most_visual_tokens
+
+    @property
+    def max_patches(self) -> int:
+        """The most patches of a picture that keeps its shape; 0 where pictures do not."""
+        return getattr(self.vision, "max_patches", 0)
 
     @property
     def most_visual_tokens(self) -> int:
         """Visual tokens of an image before any cut, with as many tiles as it may have."""
-        return self.visual_grid[0] * self.visual_grid[1] * (1 + self.max_tiles)
+        return self.max_patches or self.visual_grid[0] * self.visual_grid[1] * (1 + self.max_tiles)
 
     @property
     def idle(self) -> list[str]:
@@ -127,7 +142,13 @@ class VisionLanguageModel(BaseVlm):
 
     def overview(self, layout: Layout, sample: int) -> Overview | None:
         shown = layout.image[sample][layout.visual[sample]]
-        return Overview(int(shown.min()), 0, *self.visual_grid) if len(shown) else None  # tiles stand below the whole
+        if not len(shown):
+            return None
+        first, grid = int(shown.min()), self.visual_grid
+        if self.max_patches:
+            mine = layout.image[sample] == first
+            grid = (int(layout.row[sample][mine].max()) + 1, int(layout.col[sample][mine].max()) + 1)
+        return Overview(first, 0, *grid)  # tiles stand below the whole
 
     def visual_counts(self, inputs: Inputs) -> Int[Tensor, " batch"]:
         return self._counts(inputs, self._tiles(inputs))
@@ -139,13 +160,33 @@ class VisionLanguageModel(BaseVlm):
         return inputs.owner.new_zeros(len(inputs.tokens)).scatter_add(0, inputs.owner, table.size)
 
     def _tiles(self, inputs: Inputs) -> TileTable | None:
-        """What the views of a batch are; None where each is an image."""
+        """What the views of a batch are; None where each is an image of one and the same grid."""
+        if self.max_patches:
+            return shape_table(self.vision.grids(self._sizes(inputs))) if len(inputs.images) else None
         if inputs.tiles is None or not len(inputs.tiles):
             return None
         most = int((inputs.tiles[:, 0] * inputs.tiles[:, 1]).max())
         if most > self.max_tiles:
             raise ModelError(f"images: expected at most {self.max_tiles} tiles of an image; found {most}")
         return tile_table(inputs.tiles, self.visual_grid, self.spatial, len(inputs.images))
+
+    def _sizes(self, inputs: Inputs) -> Int[Tensor, "images 2"]:
+        """Height and width of pictures that keep their shape."""
+        if inputs.tiles is None:
+            return inputs.owner.new_tensor(inputs.images.shape[2:]).expand(len(inputs.images), 2)
+        if len(inputs.tiles) != len(inputs.images) or bool(inputs.tiles[:, :2].any()):
+            raise ModelError(f"images: expected {len(inputs.images)} pictures in one view each; found tiles")
+        return inputs.tiles[:, 2:]
+
+    def _look(self, inputs: Inputs) -> Features:
+        """The encoder's features of a batch's views: tokens [N,P,V]."""
+        return self.vision(inputs.images, self._sizes(inputs)) if self.max_patches else self.vision(inputs.images)
+
+    def _seed(self, inputs: Inputs) -> Int[Tensor, " views"]:
+        """An integer of each view's pixels, whatever it is padded to."""
+        if not self.max_patches or not len(inputs.images):
+            return pixel_seed(inputs.images)
+        return pixel_seed(self.vision.patches(inputs.images, self.vision.grids(self._sizes(inputs)))[0])
 
     @property
     def spatial(self) -> bool:
@@ -174,13 +215,16 @@ class VisionLanguageModel(BaseVlm):
             return super().patch_features(inputs)
         if not len(inputs.images):
             return inputs.images.new_zeros(len(inputs.tokens), 0, self.vision.dim), inputs.valid[:, :0]
-        return self._by_row(self.vision(inputs.images).tokens, inputs)
+        return self._by_row(self._look(inputs).tokens, inputs)
 
     def picture_share(self, inputs: Inputs) -> Float[Tensor, "batch visual"]:
         if not self.spatial:
             return super().picture_share(inputs)
         if not len(inputs.images):
             return inputs.images.new_zeros(len(inputs.tokens), 0)
+        if self.max_patches:  # nothing is padded
+            counts = self.visual_counts(inputs)
+            return (torch.arange(int(counts.max()), device=counts.device) < counts[:, None]).float()
         image = self.vision.image
         share = picture_share(inputs.images, image.mean, image.std, self.visual_grid)
         return self._by_row(share[..., None], inputs)[0][..., 0]
@@ -195,6 +239,11 @@ class VisionLanguageModel(BaseVlm):
         return rows, torch.arange(rows.shape[1], device=count.device) < count[:, None]
 
     def map_pixels(self, inputs: Inputs, change: Callable[[Tensor, int], Tensor]) -> Inputs:
+        if self.max_patches and len(inputs.images):
+            images = inputs.images.clone()
+            for number, (height, width) in enumerate(self._sizes(inputs).tolist()):
+                images[number, :, :height, :width] = change(images[number, :, :height, :width], number)
+            return inputs._replace(images=images)
         pictures = [change(pixels, number) for number, pixels in enumerate(inputs.images)]
         return inputs._replace(images=torch.stack(pictures)) if pictures else inputs
 
@@ -206,11 +255,13 @@ class VisionLanguageModel(BaseVlm):
         engine = None if self.engine is None else self.engine.vision
         cut = None
         if engine is None or not engine.acts:
-            found = self.vision(inputs.images)  # tokens [N,P,V]
+            found = self._look(inputs)
         else:
-            views = () if table is None else (table.image, table.real)
+            views: tuple[Tensor, ...] = () if table is None else (table.image, table.real)
+            if self.max_patches:
+                views += (self.vision.grids(self._sizes(inputs))[:, 1:],)
             engine.begin(seed, *views)
-            found = self.vision(inputs.images)
+            found = self._look(inputs)
             cut = engine.finish(found.tokens)
         features = found.tokens if cut is None else cut.features.to(found.tokens.dtype)
         left: Any = () if cut is None or engine is None else (cut.place, cut.valid, engine.position == "keep")
@@ -223,16 +274,23 @@ class VisionLanguageModel(BaseVlm):
         side = side or "right"
         check_placeholders(inputs.tokens, inputs.valid, inputs.owner, inputs.keys)
         embedded = self.language.get_input_embeddings()(inputs.tokens.clamp_min(0))
-        table, seed = self._tiles(inputs), pixel_seed(inputs.images)
+        table, seed = self._tiles(inputs), self._seed(inputs)
         if len(inputs.images):
             visual = self.encode(inputs, table, seed)
         else:
             visual, embedded = self._without_images(inputs, embedded)
         embeds, layout = splice(inputs.tokens, inputs.valid, embedded, visual, side)
         run = Run(layout, side, seed if table is None else table.sum_by_image(seed) % 2**40)
-        run.grids = [self.visual_grid] * len(inputs.images) if table is None and self.spatial else []
+        run.grids = self._grids(inputs)
         run.total = self._counts(inputs, table)  # an encoder may have cut some already
         return (embeds if self.engine is None else self.engine.enter_language(embeds, run)), run
+
+    def _grids(self, inputs: Inputs) -> list[tuple[int, int]]:
+        """Rows and columns of each image's visual tokens; none where they are no one grid."""
+        if self.max_patches and len(inputs.images):
+            return [(rows, cols) for rows, cols in self.vision.grids(self._sizes(inputs)).tolist()]
+        whole = inputs.tiles is None or not len(inputs.tiles)
+        return [self.visual_grid] * len(inputs.images) if whole and self.spatial else []
 
     def _without_images(self, inputs: Inputs, embedded: Tensor) -> tuple[Visual, Tensor]:
         """No image in the batch: in training the vision path runs all the same, on a blank image times zero.

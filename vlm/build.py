@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,14 @@ def _composed(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, meta: bool) ->
         connector: Any = create(
             "connector", spec.connector, vision_dim=vision.dim, language_dim=language.config.hidden_size
         )
-        return VisionLanguageModel(vision, connector, language, spec.image.tiles)
+        model = VisionLanguageModel(vision, connector, language, spec.image.tiles)
+    for stage in recipe.stages if model.max_patches else ():
+        if getattr(create("objective", stage.objective), "composed_only", False):
+            raise RecipeError(
+                f"{stage.objective.where or stage.name}: objective {stage.objective.use} trains the encoder on "
+                f"pictures of one size; expected another encoder; found {spec.vision.use}, whose keep their shape"
+            )
+    return model
 
 
 def _pretrained(recipe: Recipe, meta: bool) -> PretrainedVlm:
@@ -148,6 +156,8 @@ def build_encoder(
     image = model.vision.image
     size, seen = (image.size, image.size), recipe.model.image
     transform = ImageTransform(size, image.mean, image.std, seen.resize, image.interpolation, seen.tiles)
+    if model.max_patches:
+        transform = replace(transform, patch=model.vision.patch, max_patches=model.max_patches)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise RecipeError(f"model.language.tokenizer: expected a fast tokenizer; found {type(tokenizer).__name__}")
     if spec.template not in TEMPLATES:

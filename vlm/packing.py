@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import groupby
+from math import prod
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from vlm.build import build_encoder, build_tokenizer
 from vlm.create import create
 from vlm.data.chat import ChatEncoder
 from vlm.data.draw import Draw
-from vlm.data.images import tile_grid
+from vlm.data.images import patch_grid, tile_grid
 from vlm.data.index import load_manifest
 from vlm.data.pack import Fill, PackConfig, Size, pack_fill
 from vlm.data.schema import Sample
@@ -100,7 +101,7 @@ class VisualTokens:
 @dataclass(frozen=True)
 class ChatSize:
     """Sizes of samples of a composed model: its text is tokenized; its images count by their number, or by their size
-    where they are tiled.
+    where they are tiled or keep their shape.
 
     grid: visual tokens of a view before any cut; patches: the encoder's, of a view.
     """
@@ -115,19 +116,21 @@ class ChatSize:
         tokens, _, refs = self.encoder.written(sample, draw)
         images = [self._image(*shown[ref]) for ref in refs]
         visual = sum(self.left(count) for count, _ in images)
-        views = sum(count for _, count in images)
-        return Size(len(tokens) - len(refs) + visual, views * self.patches[0] * self.patches[1], len(tokens))
+        return Size(len(tokens) - len(refs) + visual, sum(patches for _, patches in images), len(tokens))
 
     def _image(self, width: int, height: int) -> tuple[int, int]:
-        """Visual tokens and views of an image."""
-        transform = self.encoder.transform
+        """Visual tokens and patches of an image."""
+        transform, patches = self.encoder.transform, self.patches[0] * self.patches[1]
+        if transform.max_patches:
+            count = prod(patch_grid(height, width, transform.patch, transform.max_patches))
+            return count, count
         if not transform.max_tiles:
-            return self.grid[0] * self.grid[1], 1
+            return self.grid[0] * self.grid[1], patches
         rows, columns = tile_grid(height, width, transform.size, transform.max_tiles)
         rows, columns = (0, 0) if rows * columns == 1 else (rows, columns)
         views = 1 + rows * columns
         table = tile_table(torch.tensor([[rows, columns, height, width]]), self.grid, self.spatial, views)
-        return int(table.size[0]), views
+        return int(table.size[0]), views * patches
 
 
 @dataclass

@@ -134,5 +134,5 @@ def _refuse_packed(name: Any, config: Any) -> None:
     if config.model_type == "siglip2_vision_model":
         raise ModelError(
             f"model.vision: {name!r} is a NaFlex model, which takes packed patches of any shape; expected one of a "
-            "fixed size, as SigLIP 2's others are"
+            "fixed size, as SigLIP 2's others are, or use: naflex"
         )

@@ -29,7 +29,10 @@ def patch_scores(facts: Facts, who: str, signals: Sequence[Signal], score: OfGri
     """
     encoder_of(facts, who)
     if facts.visual is None:
-        raise ModelError(f"{who}: it ranks the patches of one view of an image; found a model that shows it in tiles")
+        raise ModelError(
+            f"{who}: it ranks the patches of one view of an image; found a model that shows it in tiles "
+            "or in a shape of its own"
+        )
 
     def scores(model: Any, inputs: Any, weights: Tensor | None) -> Float[Tensor, "batch visual"]:
         seen: list[Tensor] = []

@@ -44,7 +44,9 @@ def diffused(pixels: Float[Tensor, "*pixels"], step: int, seed: int = 0) -> Floa
     return left**0.5 * pixels + (1 - left) ** 0.5 * noise
 
 
-def cropped(pixels: Float[Tensor, "channels height width"], most: float = 0.2) -> Float[Tensor, "channels height width"]:
+def cropped(
+    pixels: Float[Tensor, "channels height width"], most: float = 0.2
+) -> Float[Tensor, "channels height width"]:
     """A piece of the image at a random place, at most that share of its area, blown up to its size.
 
     Place and size go by the pixels themselves, drawn on the CPU. Source: mDPO (EMNLP 2024), section 3.2: the rejected

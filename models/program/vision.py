@@ -49,7 +49,7 @@ class Encoding:
     image: the image that each view shows. place: raster number of each patch in its view, valid: which are there,
     real: which show some of the picture (the others are seen by attention, but no cut keeps them), size: how many
     patches each is the mean of. total: real patches of a view before any cut. replay: a block runs again for its
-    gradient.
+    gradient. columns: of a view's grid.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Encoding:
         seed: Int[Tensor, " views"],
         image: Int[Tensor, " views"],
         real: Bool[Tensor, "views patches"],
-        columns: int,
+        columns: int | Int[Tensor, "views 1"],
     ) -> None:
         self.seed, self.image, self.real, self.columns = seed, image, real, columns
         self.total = real.sum(1)
@@ -160,13 +160,20 @@ class VisionEngine:
         seed: Int[Tensor, " views"],
         image: Int[Tensor, " views"] | None = None,
         real: Bool[Tensor, "views patches"] | None = None,
+        own_columns: Int[Tensor, "views 1"] | None = None,
     ) -> None:
         """A pass begins, of as many pictures as there are seeds; image and real as in :class:`Encoding`, by default a
-        view is an image and all of it is real."""
+        view is an image and all of it is real.
+
+        own_columns: of pictures that each have a grid of their own; what is not real then is no patch at all, and the
+        encoder hides it from attention until the engine does.
+        """
         rows, columns = self.encoder.grid
         image = torch.arange(len(seed), device=seed.device) if image is None else image
         real = torch.ones(len(seed), rows * columns, dtype=torch.bool, device=seed.device) if real is None else real
-        self.now = Encoding(seed, image, real, columns)
+        self.now = Encoding(seed, image, real, columns if own_columns is None else own_columns)
+        if own_columns is not None:
+            self.now.valid, self.now.cut = real, not bool(real.all())
 
     def finish(self, features: Float[Tensor, "views patches width"]) -> Reduced | None:
         """The features that go to the connector, or None when all do as they are. Makes the cut at ``vit.out``."""
@@ -274,6 +281,8 @@ class _Around:
     def enter(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         self.engine.begin_block(self.number, args[0])
         bias = self.engine.bias(args[0])
+        if getattr(self.engine.encoder, "max_patches", 0) and self.engine.now is not None:
+            args, kwargs = _without_mask(args, kwargs)  # it is of the patches before any cut; the bias is of those left
         if bias is not None and self.takes_mask:
             args, kwargs = _mask_keys(args, kwargs, bias)
         mode = _Watch(lambda *call: self.engine.read(self.number, *call), None if self.takes_mask else bias)
@@ -393,6 +402,12 @@ def _mask_keys(args: tuple, kwargs: dict[str, Any], bias: Tensor) -> tuple[tuple
     if len(args) > 1:
         return (args[0], _join(args[1], bias), *args[2:]), kwargs
     return args, {**kwargs, "attention_mask": _join(kwargs.get("attention_mask"), bias)}
+
+
+def _without_mask(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    if len(args) > 1:
+        return (args[0], None, *args[2:]), kwargs
+    return args, {**kwargs, "attention_mask": None}
 
 
 def _projected(

@@ -13,7 +13,7 @@ from vlm.data.batch import Example, collate
 from vlm.data.benchmarks._shared.contract import in_order
 from vlm.data.chat import ChatEncoder
 from vlm.data.decode import decode_image
-from vlm.data.images import Views
+from vlm.data.images import Views, joined
 from vlm.data.schema import Part
 from vlm.models.pretrained import PretrainedInputs
 from vlm.models.program.decode import Decoder, generate
@@ -104,7 +104,7 @@ class Asker:
             shown = [Part("text", p) if isinstance(p, str) else Part("image", ref=p) for p in prompt.parts()]
             tokens = self.encoder.prompt(shown)
             seen = [self._image(key) for key in prompt.images]
-            pixels = torch.cat([image.pixels for image in seen]) if seen else torch.zeros(0, 3, 0, 0)
+            pixels = joined([image.pixels for image in seen]) if seen else torch.zeros(0, 3, 0, 0)
             tiles = tuple(image.tiles for image in seen if image.tiles is not None)
             examples.append(Example(prompt.name, tokens, [0.0] * len(tokens), pixels, (), 0, tiles))
         return inputs_of(collate(examples, pad_id(self.tokenizer)).to(device))
