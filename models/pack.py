@@ -162,7 +162,8 @@ def _packed_attention(
     packs = []
     for pack, parts in enumerate(lengths):
         of_samples = zip(*(x[pack : pack + 1].split(list(parts), 2) for x in (query, key, value)), strict=True)
-        packs.append(torch.cat([sdpa_attention_forward(module, *qkv, None, **options)[0] for qkv in of_samples], 1))
+        each = [sdpa_attention_forward(module, q, k, v, None, **options)[0] for q, k, v in of_samples]
+        packs.append(torch.cat(each, 1))
     return torch.cat(packs), None
 
 
