@@ -15,7 +15,9 @@ def check_loggers(names: Sequence[str]) -> None:
     """Raises TrainingError for one whose package is not there, before anything runs."""
     for name in names:
         if find_spec(name) is None:
-            raise TrainingError(f"run.log: {name} is not installed; pip install '{name}', or leave it out of run.log")
+            raise TrainingError(
+                f"run.log: {name} is not installed; pip install 'vlm-recipes[{name}]', or leave it out of run.log"
+            )
 
 
 def open_loggers(recipe: Recipe, stage: str, done: int) -> list[Log]:

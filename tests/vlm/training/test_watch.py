@@ -179,5 +179,22 @@ def test_a_logger_that_is_not_installed_is_told_before_training(name: str, train
     from vlm.training import loggers
 
     monkeypatch.setattr(loggers, "find_spec", lambda name: None)
-    with pytest.raises(TrainingError, match=f"run.log: {name} is not installed; pip install '{name}'"):
+    with pytest.raises(TrainingError, match=rf"run\.log: {name} is not installed; pip install 'vlm-recipes\[{name}\]'"):
         train(CHAT, f"run.log=[{name}]")
+
+
+def test_tensorboard_reads_the_curves_of_metrics_and_a_resumed_run_goes_on(train: Any) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    on = ("run.log=[tensorboard]", "run.save.every=2")
+    folder = train(CHAT, *on)
+    for late in sorted((folder / "checkpoints").glob("*.ckpt"))[1:]:
+        late.unlink()  # as if it had been killed after step 2
+    train(CHAT, *on)
+    [stage] = (folder / "tensorboard").iterdir()
+    events = EventAccumulator(str(stage)).Reload()
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {"loss", "grad_norm", "lr/language", "llm_tokens_per_s"} <= {*events.Tags()["scalars"]}
+    for name, of in (("loss", lambda line: line["loss"]), ("lr/language", lambda line: line["lr"]["language"])):
+        found = [(event.step, event.value) for event in events.Scalars(name)]
+        assert found == [(line["step"], pytest.approx(of(line), rel=1e-6)) for line in lines], name
