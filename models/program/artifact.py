@@ -44,15 +44,19 @@ class Calibration:
         it. Raises ModelError when there is none, naming the command that makes it, or when it is another method's or
         another model's.
         """
-        path = Path(self.where)
-        if self.where == "auto":
-            if facts.shelf is None:
-                raise ModelError(f"{who}.{option}: auto belongs to a model of a recipe; give the path of a file")
-            path = facts.shelf.find(who, settings)
-            if facts.shelf.awaited is not None and not path.is_file():
-                facts.shelf.awaited[path] = who
-                return like
+        path = self.path(facts, who, settings, option)
+        if self == AUTO and facts.shelf is not None and facts.shelf.awaited is not None and not path.is_file():
+            facts.shelf.awaited[path] = who
+            return like
         return read(path, who, facts, option)
+
+    def path(self, facts: Facts, who: str, settings: Mapping[str, Any], option: str) -> Path:
+        """Where the file lies, be it there or not. Raises ModelError for ``auto`` where no recipe says."""
+        if self.where != "auto":
+            return Path(self.where)
+        if facts.shelf is None:
+            raise ModelError(f"{who}.{option}: auto belongs to a model of a recipe; give the path of a file")
+        return facts.shelf.find(who, settings)
 
 
 AUTO = Calibration()

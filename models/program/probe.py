@@ -10,15 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlm.models.errors import ModelError
+from vlm.models.program.artifact import ANY, Artifact, contents, write
 from vlm.models.program.attach import attach
 from vlm.models.program.program import LOGITS, Rewrite
 
-KIND = "vlm probe 1"
+WHO = "truthprint"  # whose artifacts probes are
 
 
 class Space(NamedTuple):
@@ -85,28 +84,35 @@ class Probe:
         space = Space(*(None if part is None else part.to(device) for part in self.space))  # type: ignore[arg-type]
         return replace(self, space=space, first=self.first.to(device), second=self.second.to(device))
 
-    def save(self, path: Path) -> None:
-        """Write a safetensors file."""
+    @property
+    def artifact(self) -> Artifact:
+        """The probe as a calibration keeps it."""
         tensors = {"centre": self.space.centre, "first": self.first, "second": self.second}
         tensors |= {} if self.space.basis is None else {"basis": self.space.basis}
-        facts = {"kind": KIND, "layer": str(self.layer), "threshold": repr(self.threshold)}
-        save_file({name: value.contiguous() for name, value in tensors.items()}, path, metadata=facts)
+        return Artifact(tensors, {"layer": str(self.layer), "threshold": repr(self.threshold)})
+
+    def save(self, path: Path) -> None:
+        """Write a file for any model: one that is transferred belongs to no weights."""
+        tensors, about = self.artifact
+        write(path, tensors, {"method": WHO, "weights": ANY, **about})
+
+
+def probe_of(found: Artifact) -> Probe:
+    """The probe that an artifact holds. Raises ModelError where that is none."""
+    if missing := {"layer", "threshold"} - set(found.about) or {"centre", "first", "second"} - set(found.tensors):
+        raise ModelError(f"probe: expected a probe of hidden states; found a file without {', '.join(sorted(missing))}")
+    tensors = found.tensors
+    space = Space(tensors["centre"], tensors.get("basis"))
+    return Probe(int(found.about["layer"]), float(found.about["threshold"]), space, tensors["first"], tensors["second"])
 
 
 def load_probe(path: str) -> Probe:
     """Raises ModelError for anything but a probe."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            facts = file.metadata() or {}
-            if facts.get("kind") != KIND:
-                raise ModelError(
-                    f"{path}: expected a probe of hidden states; found {facts.get('kind') or 'another file'}"
-                )
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path}: expected a probe of hidden states: {str(error).splitlines()[0]}") from None
-    space = Space(found["centre"], found.get("basis"))
-    return Probe(int(facts["layer"]), float(facts["threshold"]), space, found["first"], found["second"])
+    found = contents(Path(path), "probe")
+    if found.about.get("method") != WHO:
+        other = found.about.get("method", "another file")
+        raise ModelError(f"{path}: expected a probe of hidden states; found {other}")
+    return probe_of(found)
 
 
 @torch.enable_grad()

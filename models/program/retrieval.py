@@ -13,11 +13,10 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vlm.models.errors import ModelError
+from vlm.models.program.artifact import ANY, Artifact, contents, write
 from vlm.models.program.contexts import Context
 from vlm.models.program.contrast import wide
 from vlm.models.program.observe import observe
@@ -25,7 +24,7 @@ from vlm.models.program.prompts import last_place
 from vlm.models.program.run import Run
 from vlm.models.roles import split
 
-KIND = "vlm captions 1"
+WHO = "ara"  # whose artifacts indexes are
 
 
 class Captions(NamedTuple):
@@ -35,10 +34,16 @@ class Captions(NamedTuple):
     texts: list[str]
     encoder: str
 
+    @property
+    def artifact(self) -> Artifact:
+        """The index as a calibration keeps it."""
+        about = {"encoder": self.encoder, "captions": json.dumps(list(self.texts), ensure_ascii=False)}
+        return Artifact({"features": self.features}, about)
+
     def save(self, path: Path) -> None:
-        """Write a safetensors file."""
-        facts = {"kind": KIND, "encoder": self.encoder, "captions": json.dumps(list(self.texts), ensure_ascii=False)}
-        save_file({"features": self.features.contiguous()}, path, metadata=facts)
+        """Write a file for any model of the same encoder."""
+        tensors, about = self.artifact
+        write(path, tensors, {"method": WHO, "weights": ANY, **about})
 
     def nearest(self, features: Float[Tensor, "images width"], count: int) -> list[str]:
         """The captions of the ``count`` pictures that are most like one of these images, best first, each text once.
@@ -53,18 +58,20 @@ class Captions(NamedTuple):
         return list(dict.fromkeys(ranked))[:count]
 
 
-@lru_cache(maxsize=4)
 def load_captions(path: str) -> Captions:
     """Raises ModelError for anything but an index of captions."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            facts = file.metadata() or {}
-            if facts.get("kind") != KIND:
-                raise ModelError(f"{path}: expected an index of captions; found {facts.get('kind') or 'another file'}")
-            return Captions(file.get_tensor("features"), json.loads(facts["captions"]), facts["encoder"])
-    except (OSError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"{path}: expected an index of captions (vlm data index-captions): {reason}") from None
+    if not Path(path).is_file():
+        raise ModelError(f"{path}: expected an index of captions (vlm data index-captions); found no file")
+    return _load(path, Path(path).stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=4)
+def _load(path: str, changed: int) -> Captions:
+    found = contents(Path(path), "ara.index")
+    if found.about.get("method") != WHO or "captions" not in found.about or "features" not in found.tensors:
+        other = found.about.get("method", "another file")
+        raise ModelError(f"{path}: expected an index of captions; found {other}")
+    return Captions(found.tensors["features"], json.loads(found.about["captions"]), found.about["encoder"])
 
 
 def encoder_of(model: Any) -> str:

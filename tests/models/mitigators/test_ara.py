@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from vlm.models.decoders.beam import Beam
 from vlm.models.errors import ModelError
 from vlm.models.mitigators.ara import Ara
+from vlm.models.program.artifact import Calibration
 from vlm.models.program.attach import attach
 from vlm.models.program.budget import Budget
 from vlm.models.program.decode import generate, open_streams
@@ -74,7 +75,7 @@ def test_the_index_is_refused_for_another_encoder_and_anything_else(model, index
     with torch.no_grad():
         next(model.vision.parameters()).add_(1)
     with (
-        attach(model, Ara(index, below=1e9).program(model.facts)),
+        attach(model, Ara(Calibration(index), below=1e9).program(model.facts)),
         pytest.raises(ModelError, match=r"expected an index of this model's encoder \([0-9a-f]{16}\); found one of "),
     ):
         generate(model, inputs, max_new_tokens=1, stop=9)
@@ -114,7 +115,7 @@ def test_the_mixture_is_that_of_two_prompts(model, index, batch, alone):
     shifts = (logits.softmax(-1) * (logits.log_softmax(-1) - blind.log_softmax(-1))).sum(-1)
     below = float(shifts[:2].mean())  # one row with images asks, the other does not
     asked = []
-    with attach(model, Ara(index, 2, below, 0.3, "see:").program(model.facts)):
+    with attach(model, Ara(Calibration(index), 2, below, 0.3, "see:").program(model.facts)):
         streams = Streams(model, *open_streams(model, inputs))
         for token in (3, 4):
             streams.step(torch.full((3,), token))
@@ -131,7 +132,7 @@ def test_a_batch_equals_single_samples_under_a_pruner(model, index, batch, alone
     inputs = batch(*ROWS, side="left")
     cut = Fastv(Budget.parse("25%")).program(model.facts)
     options: Any = {"max_new_tokens": 5, "stop": 11, "decoder": decoder}
-    with attach(model, cut + Ara(index, below=1e9, share=0.9).program(model.facts)):
+    with attach(model, cut + Ara(Calibration(index), below=1e9, share=0.9).program(model.facts)):
         answers = generate(model, inputs, **options)
         assert answers == [generate(model, alone(inputs, b), **options)[0] for b in range(3)]
     with attach(model, cut):
@@ -148,15 +149,19 @@ def test_who_is_sure_is_left_alone(model, index, batch):
 
 def test_neutral_and_refused_settings(make_model, index, batch):
     model = make_model()
-    assert Ara(index, share=0.0).program(model.facts) == () == Ara(index, below=0.0).program(model.facts)
+    assert (
+        Ara(Calibration(index), share=0.0).program(model.facts)
+        == ()
+        == Ara(Calibration(index), below=0.0).program(model.facts)
+    )
     for bad, message in (
         ({"share": 1.0}, r"^ara.share: expected a weight from 0 and below 1; found 1"),
         ({"count": 0}, r"^ara.count: expected at least 1 caption; found 0"),
     ):
         with pytest.raises(ModelError, match=message):
-            Ara(index, **bad).program(model.facts)  # type: ignore[arg-type]
+            Ara(Calibration(index), **bad).program(model.facts)  # type: ignore[arg-type]
     with (
-        attach(model, Ara(index).program(model.facts)),
+        attach(model, Ara(Calibration(index)).program(model.facts)),
         pytest.raises(ModelError, match=r"^ara: captions are text, and this model comes without its tokenizer"),
     ):
         generate(model, batch("t#t"), max_new_tokens=1, stop=9)

@@ -14,6 +14,7 @@ from vlm.models.decoders.sample import Sample
 from vlm.models.errors import ModelError
 from vlm.models.mitigators.m3id import M3id
 from vlm.models.mitigators.truthprint import Truthprint
+from vlm.models.program.artifact import Calibration
 from vlm.models.program.attach import attach
 from vlm.models.program.backtrack import Backtrack
 from vlm.models.program.budget import Budget
@@ -33,10 +34,10 @@ def random_probe(layer: int = 2, kept: int | None = None, seed: int = 0) -> Prob
 
 
 @pytest.fixture
-def probe(tmp_path) -> str:
+def probe(tmp_path) -> Calibration:
     path = tmp_path / "probe.safetensors"
     random_probe().save(path)
-    return str(path)
+    return Calibration(str(path))
 
 
 @pytest.mark.parametrize("kept", [None, 5])
@@ -60,7 +61,7 @@ def test_what_is_no_probe_is_refused(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ModelError, match=r"other.safetensors: expected a probe of hidden states; found another file"):
         load_probe(str(tmp_path / "other.safetensors"))
-    with pytest.raises(ModelError, match=r"none.safetensors: expected a probe of hidden states"):
+    with pytest.raises(ModelError, match=r"none.safetensors is no safetensors file"):
         load_probe(str(tmp_path / "none.safetensors"))
 
 
@@ -193,7 +194,7 @@ def test_it_decodes_as_whole_texts_run_from_nothing(make_model, batch, alone, tm
     probe = random_probe(seed=seed)
     ends, limit, times = {4, 9, 17, 23, 30}, 10, []
     probe.save(tmp_path / "p.safetensors")
-    method = Truthprint(str(tmp_path / "p.safetensors"), ends=tuple(ends), retries=3)
+    method = Truthprint(Calibration(str(tmp_path / "p.safetensors")), ends=tuple(ends), retries=3)
     with attach(model, method.program(model.facts)):
         answers = generate(model, inputs, max_new_tokens=limit, stop=11)
     for b in range(3):
@@ -273,4 +274,4 @@ def test_neutral_and_refused_settings(make_model, batch, probe, tmp_path):
     with pytest.raises(
         ModelError, match=r"^truthprint.probe: expected states of width 32 after at most 4 layers; .* after 9"
     ):
-        Truthprint(str(tmp_path / "deep.safetensors")).program(model.facts)
+        Truthprint(Calibration(str(tmp_path / "deep.safetensors"))).program(model.facts)
