@@ -1,11 +1,15 @@
 """Calibration by trying, and the artifacts that keep what it found."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from vlm.models.errors import ModelError
+from vlm.models.mitigators.act import Act
 from vlm.models.mitigators.zerotuning import Zerotuning
 from vlm.models.program.artifact import Calibration, Shelf, fingerprint, write
+from vlm.models.program.attach import attach
 from vlm.models.program.tune import Asked, answer_score, best_by_head
 
 
@@ -62,3 +66,31 @@ def test_an_artifact_of_another_model_or_method_is_refused(make_model, tmp_path)
     (tmp_path / "a.safetensors").write_bytes(b"no")
     with pytest.raises(ModelError, match="is no safetensors file"):
         method.program(model.facts)
+
+
+@torch.no_grad()
+def test_act_finds_the_head_whose_sinks_hurt(make_model, batch):
+    """Answers are what one head alone, with its sinks calibrated, would say, and neither the model nor another head."""
+    model, method = make_model(), Act(beta=0.0, threshold=0.6, scaled=True, layers=(1, 3))
+    layers = method.span(model.facts)
+    rows = [batch(row) for row in ("tt#ttt", "#ttt", "t#tttttt", "ttt#tt", "tttt#", "#tttttttt", "t#t", "tt#tt")]
+
+    def said(inputs, layer, head):
+        heads = torch.zeros(4, 4, dtype=torch.bool)
+        heads[layer, head] = True
+        with attach(model, method.calibrated(heads, layers)):
+            return int(model.prefill(inputs)[0].argmax())
+
+    places = [(layer, head) for layer in layers for head in range(4)]
+    by_row = [
+        ({place: said(inputs, *place) for place in places}, int(model.prefill(inputs)[0].argmax())) for inputs in rows
+    ]
+    planted: dict[tuple[int, int], list[Asked]] = {}
+    for inputs, (found, bare) in zip(rows, by_row, strict=True):
+        for place, token in found.items():
+            if token != bare and list(found.values()).count(token) == 1:
+                planted.setdefault(place, []).append(Asked(inputs, torch.tensor([token])))
+    assert planted
+    for place, asked in planted.items():
+        tensors, _ = method.calibrate(model, SimpleNamespace(asked=asked), lambda *at: None)
+        assert tensors["heads"].nonzero().tolist() == [list(place)]

@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from vlm import export
 from vlm.build import build_encoder, build_model, build_tokenizer
+from vlm.calibrate import calibrate
 from vlm.commands import main
 from vlm.data.draw import Draw
 from vlm.data.errors import DataError
@@ -17,6 +19,7 @@ from vlm.data.index import load_manifest
 from vlm.data.schema import Message, Part, Sample
 from vlm.data.store import Store
 from vlm.models.lora import is_adapter
+from vlm.models.program.artifact import contents
 from vlm.plan import plan
 from vlm.recipe import load_recipe
 from vlm.run import run
@@ -174,11 +177,18 @@ def test_other_weights_under_the_same_name_are_refused(
     assert "goes on top of the weights of model.from: expected those it was trained on, found others" in error
 
 
-def test_an_export_is_what_transformers_loads_with_the_logits_of_the_run(whole: Any, tmp_path: Path) -> None:
+def test_an_export_is_what_transformers_loads_with_the_logits_of_the_run(
+    whole: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = whole("qwen2_5_vl")
     run(recipe, ("train",))
     arguments = [str(tmp_path / "whole.yaml"), str(tmp_path / "out"), f"run.dir={tmp_path / 'run'}"]
     assert main(["export", *arguments]) == 0
+    [line] = capsys.readouterr().out.splitlines()
+    assert (
+        line.startswith(f"{tmp_path / 'out'}: loaded back: logits of ")
+        and float(line.split(" by ")[1].split()[0]) < 1e-4
+    )
     assert main(["export", *arguments]) == 2  # there is something in it now
     stock, processor = (kind.from_pretrained(tmp_path / "out") for kind in (AutoModelForImageTextToText, AutoProcessor))
     original = AutoModelForImageTextToText.from_pretrained(recipe.model.origin.name)
@@ -195,6 +205,25 @@ def test_an_export_is_what_transformers_loads_with_the_logits_of_the_run(whole: 
         theirs, before = (model.eval()(**batch).logits[:, -1] for model in (stock, original))
     torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
     assert (mine - before).abs().max() > 1e-3
+
+
+def test_an_export_with_other_logits_is_told(
+    whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(whole("llava", "stages.0.steps=1"), ("train",))
+    original = export.load_pretrained
+
+    def other(folder: Any) -> Any:
+        model = original(folder)
+        next(model.language.parameters()).data.mul_(2)
+        return model
+
+    monkeypatch.setattr(export, "load_pretrained", other)
+    words = [str(tmp_path / "whole.yaml"), "stages.0.steps=1", f"run.dir={tmp_path / 'run'}"]
+    assert main(["export", words[0], str(tmp_path / "one"), *words[1:]]) == 2
+    assert "expected the logits of the run's model within 0.001" in capsys.readouterr().err
+    assert main(["export", words[0], str(tmp_path / "two"), *words[1:], "--no-verify"]) == 0
+    assert "two: not compared" in capsys.readouterr().out
 
 
 def test_in_bf16_frozen_weights_are_half_as_wide_and_trained_ones_are_not(whole: Any) -> None:
@@ -390,3 +419,14 @@ def test_two_ranks_are_one(stand_ins: Path, recipe: Path, ranks: Any, tmp_path: 
     assert found[0].keys() == found[1].keys()
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, rtol=0, atol=1e-4)
+
+
+def test_a_checkpoint_is_calibrated_as_it_is(whole):
+    methods = "[{use: act, layers: [1, 1]}, {use: ara}]"
+    recipe = whole("llava", "stages=[]", f"evaluate.compare=[{{mitigate: {methods}}}]")
+    assert "vlm calibrate`: act, ara." in plan(recipe)
+    files = calibrate(recipe, samples=4)
+    assert [path.name.split("-")[0] for path in files] == ["act", "ara"]
+    heads = contents(files[0], "act").tensors["heads"]
+    assert heads.shape == (4, 4) and not heads[[0, 2, 3]].any()
+    assert "Found on" not in plan(recipe)
