@@ -81,11 +81,19 @@ class Image(Section):
     """What an encoder sees of a picture: the whole, and with ``anyres`` up to ``max_tiles`` tiles of a large one.
 
     resize: how the whole becomes a square: ``stretch``, ``pad`` with the mean colour (as in LLaVA-1.5), or ``crop``.
+    newline: a learned token ends every row of the tiles (LLaVA-NeXT); it trains with the connector.
     """
 
     resize: Literal["stretch", "pad", "crop"] = "stretch"
     tiling: Literal["none", "anyres"] = "none"
     max_tiles: AtLeastOne = 4
+    newline: Bool = False
+
+    @model_validator(mode="after")
+    def _rows_of_tiles(self) -> Self:
+        if self.newline and self.tiling == "none":
+            raise problem("has newlines, which end rows of tiles, and so needs tiling: anyres")
+        return self
 
     @property
     def tiles(self) -> int:
@@ -299,8 +307,14 @@ class Evaluate(Section):
 
 
 class Save(Section):
+    """A checkpoint every so many steps, of which the newest ``keep`` of a stage stay.
+
+    background: write while training goes on, from a copy of weights and optimizer in the first rank's host memory.
+    """
+
     every: AtLeastOne = 500
     keep: AtLeastOne = 3
+    background: Bool = False
 
 
 class Run(Section):

@@ -6,6 +6,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +275,7 @@ class Save(Callback):
     def __init__(self, stage: int, name: str, steps: int, folder: Path, every: int, keep: int, files: Files) -> None:
         self.stage, self.name, self.steps = stage, name, steps
         self.folder, self.every, self.keep, self.files = folder, every, keep, files
+        self.pending: Path | None = None  # saved, and not yet known to be whole
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: MicroBatch, batch_idx: int
@@ -292,9 +294,28 @@ class Save(Callback):
             self.save(trainer, done)
 
     def save(self, trainer: Trainer, done: int) -> None:
-        """Save the state after ``done`` steps. Raises TrainingError, on all ranks, when it cannot be written."""
-        path = self.folder / f"stage{self.stage}-{self.name}-step{done:08d}.ckpt"
-        trainer.save_checkpoint(path)
+        """Save the state after ``done`` steps. Raises TrainingError, on all ranks, when it cannot be written, or, where
+        they are written in the background, the one before it could not."""
+        self._finish(trainer)
+        self.pending = self.folder / f"stage{self.stage}-{self.name}-step{done:08d}.ckpt"
+        trainer.save_checkpoint(self.pending)
+        if not self.files.background:
+            self._finish(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self._finish(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Let what is being written become whole; what stopped the run is told, and no other failure."""
+        with suppress(Exception):
+            self.files.wait()
+
+    def _finish(self, trainer: Trainer) -> None:
+        """See the last one to the disk, and only then remove what is too old. Raises TrainingError on all ranks."""
+        path, self.pending = self.pending, None
+        if path is None:
+            return
+        self.files.wait()
         if failure := gather(self.files.failure)[0]:
             last = newest(self.folder)
             left = f"the last good one is {last.path}" if last else "there is none before it"

@@ -1,10 +1,12 @@
 """Writing, finding, checking and reading checkpoints."""
 
+import copy
 import hashlib
 import os
 import re
 import struct
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
@@ -12,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.plugins import CheckpointIO
+from torch import Tensor
 
 from vlm.models.base import BaseVlm
 from vlm.models.lora import is_adapter
@@ -30,13 +33,33 @@ class Files(CheckpointIO):
     """How Lightning's checkpoints go to disk and come from it.
 
     Written beside their place, down to the disk, and renamed: there is the whole file or none. Lightning calls this
-    on the first rank only, so what went wrong is kept in ``failure`` for all ranks to stop together.
+    on the first rank only, so what went wrong is kept in ``failure`` for all ranks to stop together; it is known after
+    :meth:`wait`.
+
+    Args:
+        background: write in a thread of its own, from a copy in the host's memory, while training goes on.
     """
 
-    failure: str = ""
+    def __init__(self, background: bool = False) -> None:
+        self.background, self.failure = background, ""
+        self._thread = ThreadPoolExecutor(1, "checkpoint") if background else None
+        self._writing: Future[None] | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        part = Path(path).with_suffix(".partial")
+        self.wait()
+        if self._thread is None:
+            self._save(checkpoint, Path(path))
+        else:
+            self._writing = self._thread.submit(self._save, snapshot(checkpoint), Path(path))
+
+    def wait(self) -> None:
+        """Until what is being written lies on the disk, or has failed. Raises what is no fault of the disk."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _save(self, checkpoint: dict[str, Any], path: Path) -> None:
+        part = path.with_suffix(".partial")
         self.failure = ""
         try:
             part.parent.mkdir(parents=True, exist_ok=True)
@@ -54,6 +77,21 @@ class Files(CheckpointIO):
 
     def remove_checkpoint(self, path: str | Path) -> None:
         Path(path).unlink(missing_ok=True)
+
+
+def snapshot(value: Any, seen: dict[tuple[Any, ...], Tensor] | None = None) -> Any:
+    """A copy in the host's memory that no later step changes; tensors that are one (tied weights) stay one."""
+    seen = {} if seen is None else seen
+    if isinstance(value, Tensor):
+        key = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
+        if value.numel() == 0 or key not in seen:
+            seen[key] = value.detach().to("cpu", copy=True)
+        return seen[key]
+    if isinstance(value, dict):
+        return {key: snapshot(each, seen) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)([snapshot(each, seen) for each in value])
+    return copy.deepcopy(value)
 
 
 def _write(checkpoint: dict[str, Any], path: Path) -> None:

@@ -41,7 +41,7 @@ from vlm.training.reference import NAME as REFERENCE
 from vlm.training.reference import Measure, Pairs
 from vlm.training.sharding import working_copy, write_back
 from vlm.training.stages import check_stage, wants_pairs
-from vlm.training.stop import Stop
+from vlm.training.stop import Stop, Told, listening
 from vlm.training.strategy import SHARDED, environment, strategy
 from vlm.training.zero import check_zero
 
@@ -121,11 +121,12 @@ def train(
             _clear(Path(recipe.run.dir))
     if is_first_rank():
         (folder.parent / "recipe.yaml").write_text(recipe.to_yaml())
-    for number, stage in enumerate(recipe.stages):
-        if start is not None and start.stage > number:
-            continue
-        resumed = start if start is not None and start.stage == number else None
-        _train_stage(recipe, number, stage, model, tokenizer, sources, resumed, watchers)
+    with listening() as told:
+        for number, stage in enumerate(recipe.stages):
+            if start is not None and start.stage > number:
+                continue
+            resumed = start if start is not None and start.stage == number else None
+            _train_stage(recipe, number, stage, model, tokenizer, sources, resumed, watchers, told)
 
 
 def _where_to_start(recipe: Recipe, folder: Path) -> checkpoints.Checkpoint | None:
@@ -187,6 +188,7 @@ def _train_stage(
     sources: Sources,
     resumed: checkpoints.Checkpoint | None,
     watchers: Watchers,
+    told: Told,
 ) -> None:
     global_batch = stage.global_batch or recipe.run.global_batch
     encoder = build_encoder(recipe, model, tokenizer, stage.drop_image)
@@ -235,7 +237,7 @@ def _train_stage(
     }
     weights = list(stage.mix.values())
     data = StageData(stores, weights, encoder, collate, layout, tolerance, packing, stage.repeat is not None)
-    trainer = _trainer(recipe, number, stage, steps, accumulate, resumed)
+    trainer = _trainer(recipe, number, stage, steps, accumulate, resumed, told)
     trainer.callbacks.extend(watchers(number, steps))  # type: ignore[attr-defined]
     if isinstance(encoder, PairEncoder) and built.needs_start:
         pairs = Pairs(stores, weights, encoder, collate, layout, stage.repeat is not None)
@@ -268,7 +270,13 @@ def _end_if_told(trainer: Trainer, folder: Path) -> None:
 
 
 def _trainer(
-    recipe: Recipe, number: int, stage: Stage, steps: int, accumulate: int, resumed: checkpoints.Checkpoint | None
+    recipe: Recipe,
+    number: int,
+    stage: Stage,
+    steps: int,
+    accumulate: int,
+    resumed: checkpoints.Checkpoint | None,
+    told: Told,
 ) -> Trainer:
     folder, run = Path(recipe.run.dir), recipe.run
     done = resumed.step if resumed else 0
@@ -283,9 +291,9 @@ def _trainer(
     callbacks: list[Any] = [watch]
     if run.trace_samples:
         callbacks.append(Trace(number, folder / "samples.jsonl"))
-    files = checkpoints.Files()
+    files = checkpoints.Files(run.save.background)
     save = Save(number, stage.name, steps, folder / "checkpoints", run.save.every, run.save.keep, files)
-    callbacks += [save, Stop(save)]
+    callbacks += [save, Stop(save, told)]
     return Trainer(
         accelerator="auto",
         devices=run.devices,

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import time
 from pathlib import Path
 from typing import Any
 
@@ -134,14 +135,16 @@ Save.save = full
 """
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(("world", "background"), [(1, False), (2, False), (1, True), (2, True)])
 def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_survives(
-    world: int, train: Any, ranks: Any, tmp_path: Path
+    world: int, background: bool, train: Any, ranks: Any, tmp_path: Path
 ) -> None:
+    """In the background too, though it is known there at the next save only."""
     spare = tmp_path / "spare"
     spare.mkdir()
     folder, micro = tmp_path / "run", "run.micro_batch=2"
-    group = ranks(world, micro, change=FULL + f"import tempfile; tempfile.tempdir = {str(spare)!r}")
+    how = f"run.save.background={str(background).lower()}"
+    group = ranks(world, micro, how, change=FULL + f"import tempfile; tempfile.tempdir = {str(spare)!r}")
     assert group.join() == [2] * world, group.output()
     failed, good = (folder / f"checkpoints/stage1-sft-step0000000{step}.ckpt" for step in (8, 4))
     message = f"error: checkpoint {failed} could not be written: File too large; the last good one is {good}\n"
@@ -163,3 +166,46 @@ def test_a_folder_that_cannot_be_made_is_told_before_anything_is_lost(tmp_path: 
     assert files.failure
     files.save_checkpoint(GOOD, tmp_path / "a.ckpt")
     assert files.failure == ""
+
+
+def test_in_the_background_the_state_of_the_moment_is_written_and_a_run_goes_on(
+    train: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Writing takes longer than several steps here; at no moment there are fewer whole checkpoints than are kept."""
+    whole = train(to="whole")
+    write, whole_ones = checkpoints._write, []
+
+    def slowly(checkpoint: Any, path: Path) -> None:
+        time.sleep(0.3)
+        whole_ones.append(len([*path.parent.glob("stage1-*.ckpt")]))
+        write(checkpoint, path)
+
+    monkeypatch.setattr(checkpoints, "_write", slowly)
+    on = ("run.save.background=true", "run.save.every=2", "run.save.keep=2")
+    folder = train(*on)
+    left = sorted((folder / "checkpoints").glob("stage1-*"))
+    assert [path.name[-10:] for path in left] == ["00008.ckpt", "00010.ckpt"]
+    assert whole_ones[-5:] == [0, 1, 2, 2, 2]
+    last = "checkpoints/stage1-sft-step00000010.ckpt"
+    expected = checkpoints.read(whole / last)
+    found = checkpoints.read(folder / last)
+    for mine, theirs in ((found, expected), *zip(found["optimizer_states"], expected["optimizer_states"], strict=True)):
+        key = "state_dict" if "state_dict" in mine else "state"
+        torch.testing.assert_close(mine[key], theirs[key], atol=0, rtol=0)
+    at_eight = checkpoints.read(folder / last.replace("10.", "08."))["state_dict"]
+    torch.testing.assert_close(
+        at_eight, checkpoints.read(whole / last.replace("10.", "08."))["state_dict"], atol=0, rtol=0
+    )
+    (folder / last).unlink()
+    train(*on)
+    torch.testing.assert_close(checkpoints.read(folder / last)["state_dict"], expected["state_dict"], atol=0, rtol=0)
+
+
+def test_a_copy_in_memory_is_apart_and_what_is_tied_stays_one() -> None:
+    table = torch.arange(6.0)
+    content = {"a": table, "b": table, "part": table[:3], "more": [{"c": (1, "x", table)}], "none": torch.zeros(0)}
+    found = checkpoints.snapshot(content)
+    table.zero_()
+    assert found["a"] is found["b"] and found["a"] is found["more"][0]["c"][2]
+    assert found["a"].tolist() == [0, 1, 2, 3, 4, 5] and found["part"].tolist() == [0, 1, 2]
+    assert found["more"][0]["c"][:2] == (1, "x")
