@@ -12,6 +12,12 @@ def add(commands: Any) -> None:
     parser = commands.add_parser("export", help=text, description=text)
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a packaged recipe")
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="an empty folder, or none yet")
+    parser.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="load it back on the CPU and compare logits with the run's model (default); memory for two models",
+    )
     add_overrides(parser, "change the recipe, such as run.dir=runs/other")
     parser.set_defaults(call=_export)
 
@@ -20,5 +26,5 @@ def _export(arguments: argparse.Namespace) -> None:
     recipe = load(arguments)
     from vlm.export import export
 
-    export(recipe, arguments.folder)
-    print(arguments.folder)
+    said = export(recipe, arguments.folder, arguments.verify)
+    print(f"{arguments.folder}: {said}")
