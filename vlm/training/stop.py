@@ -8,6 +8,8 @@ same one, however few of them were told.
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
@@ -16,33 +18,44 @@ from vlm.data.stream import MicroBatch
 from vlm.training.callbacks import Save
 
 
+class Told:
+    """Whether this process was told to stop. One for all stages: what comes in the last step of a stage, or between
+    two, is heard in the first step of the next."""
+
+    heard = False
+
+    def note(self, *_: Any) -> None:
+        self.heard = True
+
+
+@contextmanager
+def listening() -> Iterator[Told]:
+    """Notes SIGTERM inside, where this is the main thread."""
+    told = Told()
+    if threading.current_thread() is not threading.main_thread():
+        yield told
+        return
+    before = signal.signal(signal.SIGTERM, told.note)
+    try:
+        yield told
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class Stop(Callback):
     """``done`` is the number of steps after which the run was stopped, None while it was not."""
 
-    def __init__(self, save: Save) -> None:
-        self.saver, self.before = save, None
+    def __init__(self, save: Save, told: Told) -> None:
+        self.saver, self.told = save, told
         self.done: int | None = None
-        self.told = False
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Before the loader's workers begin: a signal to the whole job must not end them in the middle of a step."""
+        """The handler is there before the loader's workers begin: a signal to the whole job must not end them in the
+        middle of a step."""
         loop: Any = trainer.fit_loop.epoch_loop
         loop._broadcast_sigterm_tensor = lambda: None
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-        pl_module.told_to_stop = lambda: self.told
-        if threading.current_thread() is threading.main_thread():
-            self.before = signal.signal(signal.SIGTERM, self._note)
-
-    def _note(self, *_: Any) -> None:
-        self.told = True
-
-    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGTERM, self.before)
-            self.before = None
-
-    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
-        self.teardown(trainer, pl_module, "fit")
+        pl_module.told_to_stop = lambda: self.told.heard
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: MicroBatch, batch_idx: int
