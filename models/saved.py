@@ -68,6 +68,7 @@ def save_composed(
         "connector": _describe("connector", model.connector),
         "language": json.loads(language.config.to_json_string(use_diff=False)),
         "max_tiles": model.max_tiles,
+        "newline": model.newline is not None,
         "recipe": recipe,
     }
     part = place.with_name(place.name + ".partial")
@@ -99,7 +100,8 @@ def load_composed(folder: str | os.PathLike[str]) -> Saved:
     language = build_language(config["language"], 0)
     widths = {"vision_dim": vision.dim, "language_dim": language.config.hidden_size}
     connector = _make("connector", config["connector"], **widths)
-    model = VisionLanguageModel(vision, connector, language, int(config.get("max_tiles", 0)))
+    tiles, newline = int(config.get("max_tiles", 0)), bool(config.get("newline", False))
+    model = VisionLanguageModel(vision, connector, language, tiles, newline)
     weights = _open(place)
     own = model.state_dict(keep_vars=True)
     _check_keys(place, own, weights)

@@ -89,14 +89,23 @@ class VisionLanguageModel(BaseVlm):
     """A vision encoder, a connector and a causal language model.
 
     Parts are named as in a recipe: ``vision``, ``connector``, ``language``. max_tiles: views that an image may have
-    besides the whole one.
+    besides the whole one. newline: rows of the joined tiles end with a learned token (LLaVA-NeXT), which belongs to the
+    connector. A cut in or after the encoder is of patches; a newline stays beyond its budget as long as a token of its
+    row does. In the language model, from ``llm.in`` on, newlines are visual tokens like others.
     """
 
     # Any: nn.Module's attribute types hide what Encoder and the connectors promise.
     vision: Any
     connector: Any
 
-    def __init__(self, vision: nn.Module, connector: nn.Module, language: PreTrainedModel, max_tiles: int = 0) -> None:
+    def __init__(
+        self,
+        vision: nn.Module,
+        connector: nn.Module,
+        language: PreTrainedModel,
+        max_tiles: int = 0,
+        newline: bool = False,
+    ) -> None:
         super().__init__()
         self.vision, self.connector, self.language, self.max_tiles = vision, connector, language, max_tiles
         if self.max_patches and (max_tiles or not self.connector.token_wise):
@@ -106,6 +115,17 @@ class VisionLanguageModel(BaseVlm):
                 f"and a connector that works token by token (linear, mlp without shuffle); found {found}"
             )
         self.visual_grid: tuple[int, int] = self.connector.grid(*self.vision.grid)
+        self.newline: nn.Parameter | None = None
+        if newline:
+            if not max_tiles or not self.spatial:
+                found = "places that do not say what they show" if max_tiles else "no tiles"
+                raise ModelError(f"model.image.newline: expected tiles of patches, whose rows can end; found {found}")
+            width: int = language.config.hidden_size  # type: ignore[assignment]
+            self.newline = nn.Parameter(torch.randn(width) / width**0.5)
+
+    @property
+    def places(self) -> Mapping[str, Sequence[str]]:
+        return super().places if self.newline is None else {**super().places, "connector": ("connector", "newline")}
 
     @property
     def decoder(self) -> Any:
@@ -129,7 +149,9 @@ class VisionLanguageModel(BaseVlm):
     @property
     def most_visual_tokens(self) -> int:
         """Visual tokens of an image before any cut, with as many tiles as it may have."""
-        return self.max_patches or self.visual_grid[0] * self.visual_grid[1] * (1 + self.max_tiles)
+        rows, cols = self.visual_grid
+        lines = 0 if self.newline is None else rows * self.max_tiles
+        return self.max_patches or rows * cols * (1 + self.max_tiles) + lines
 
     @property
     def idle(self) -> list[str]:
@@ -168,7 +190,8 @@ class VisionLanguageModel(BaseVlm):
         most = int((inputs.tiles[:, 0] * inputs.tiles[:, 1]).max())
         if most > self.max_tiles:
             raise ModelError(f"images: expected at most {self.max_tiles} tiles of an image; found {most}")
-        return tile_table(inputs.tiles, self.visual_grid, self.spatial, len(inputs.images))
+        newline = self.newline is not None
+        return tile_table(inputs.tiles, self.visual_grid, self.spatial, len(inputs.images), newline)
 
     def _sizes(self, inputs: Inputs) -> Int[Tensor, "images 2"]:
         """Height and width of pictures that keep their shape."""
@@ -234,9 +257,15 @@ class VisionLanguageModel(BaseVlm):
     ) -> tuple[Float[Tensor, "batch visual width"], Bool[Tensor, "batch visual"]]:
         """What the tokens of views have, as that of each row's visual tokens before any cut, and which are real."""
         table, count = self._tiles(inputs), self.visual_counts(inputs)
-        seen = Visual(values, self.visual_grid, inputs.owner) if table is None else table.join(values, inputs.owner)
+        values = torch.cat(
+            [values, torch.ones_like(values[..., :1])], -1
+        )  # newlines, of which there is no patch, have 0
+        if table is None:
+            seen = Visual(values, self.visual_grid, inputs.owner)
+        else:
+            seen = table.join(values, inputs.owner, newline=values.new_zeros(values.shape[2]))
         rows = pad_sequence(list(seen.features[seen.valid].split(count.tolist())), batch_first=True)  # owners ascend
-        return rows, torch.arange(rows.shape[1], device=count.device) < count[:, None]
+        return rows[..., :-1], rows[..., -1] > 0
 
     def map_pixels(self, inputs: Inputs, change: Callable[[Tensor, int], Tensor]) -> Inputs:
         if self.max_patches and len(inputs.images):
@@ -268,12 +297,15 @@ class VisionLanguageModel(BaseVlm):
         projected = self.connector(features, found.grid)
         if table is None:
             return Visual(projected, self.visual_grid, inputs.owner, *left)
-        return table.join(projected, inputs.owner, *left)
+        left = left or (None, None, False)
+        return table.join(projected, inputs.owner, *left, newline=self.newline)
 
     def _enter(self, inputs: Inputs, side: Side | None) -> tuple[Tensor, Run]:
         side = side or "right"
         check_placeholders(inputs.tokens, inputs.valid, inputs.owner, inputs.keys)
         embedded = self.language.get_input_embeddings()(inputs.tokens.clamp_min(0))
+        if self.newline is not None and self.training:  # not every batch has tiles; see _without_images
+            embedded = embedded + 0.0 * self.newline.sum().to(embedded.dtype)
         table, seed = self._tiles(inputs), self._seed(inputs)
         if len(inputs.images):
             visual = self.encode(inputs, table, seed)

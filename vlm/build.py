@@ -88,12 +88,12 @@ def _composed(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, meta: bool) ->
         connector: Any = create(
             "connector", spec.connector, vision_dim=vision.dim, language_dim=language.config.hidden_size
         )
-        model = VisionLanguageModel(vision, connector, language, spec.image.tiles)
+        model = VisionLanguageModel(vision, connector, language, spec.image.tiles, spec.image.newline)
     for stage in recipe.stages if model.max_patches else ():
         if getattr(create("objective", stage.objective), "composed_only", False):
             raise RecipeError(
                 f"{stage.objective.where or stage.name}: objective {stage.objective.use} trains the encoder on "
-                f"pictures of one size; expected another encoder; found {spec.vision.use}, whose keep their shape"
+                f"pictures of one size; expected another encoder; found {spec.vision.use}, whose pictures keep theirs"
             )
     return model
 

@@ -84,6 +84,7 @@ def _check_composed(tokenizer: Any, words: Any, model: Any, guide: VisionLanguag
     for what, expected, found in (
         ("pixels", model.vision.image, guide.vision.image),
         ("tiles of an image", model.max_tiles, guide.max_tiles),
+        ("newlines", model.newline is not None, guide.newline is not None),
         ("most patches of a picture that keeps its shape", model.max_patches, guide.max_patches),
         ("grid of visual tokens", model.visual_grid, guide.visual_grid),
     ):

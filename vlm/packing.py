@@ -45,7 +45,9 @@ def packing_of(recipe: Recipe, stage: Stage, model: BaseVlm, encoder: Any) -> Pa
     start = recipe.prune.schedule.start if recipe.prune is not None and recipe.prune.schedule is not None else 0.0
     left = VisualTokens(program, model.facts.layers, start)
     if isinstance(encoder, ChatEncoder):
-        measure: Any = ChatSize(encoder, left, model.visual_grid, model.spatial, model.vision.grid)  # type: ignore[attr-defined]
+        composed: Any = model
+        grids = (composed.visual_grid, composed.spatial, composed.vision.grid)
+        measure: Any = ChatSize(encoder, left, *grids, composed.newline is not None)
     else:
         patch = getattr(model.family.config.vision_config, "patch_size", 1)  # type: ignore[attr-defined]
         measure = ProcessedSize(encoder, left, patch if isinstance(patch, int) else patch[0])
@@ -111,26 +113,27 @@ class ChatSize:
     grid: tuple[int, int]
     spatial: bool
     patches: tuple[int, int]
+    newline: bool = False
 
     def __call__(self, sample: Sample, shown: Sequence[tuple[int, int]], draw: Draw) -> Size:
         tokens, _, refs = self.encoder.written(sample, draw)
         images = [self._image(*shown[ref]) for ref in refs]
-        visual = sum(self.left(count) for count, _ in images)
-        return Size(len(tokens) - len(refs) + visual, sum(patches for _, patches in images), len(tokens))
+        visual = sum(self.left(count - lines) + lines for count, lines, _ in images)  # newlines go with their rows
+        return Size(len(tokens) - len(refs) + visual, sum(patches for _, _, patches in images), len(tokens))
 
-    def _image(self, width: int, height: int) -> tuple[int, int]:
-        """Visual tokens and patches of an image."""
+    def _image(self, width: int, height: int) -> tuple[int, int, int]:
+        """Visual tokens, newlines among them, and patches of an image."""
         transform, patches = self.encoder.transform, self.patches[0] * self.patches[1]
         if transform.max_patches:
             count = prod(patch_grid(height, width, transform.patch, transform.max_patches))
-            return count, count
+            return count, 0, count
         if not transform.max_tiles:
-            return self.grid[0] * self.grid[1], patches
+            return self.grid[0] * self.grid[1], 0, patches
         rows, columns = tile_grid(height, width, transform.size, transform.max_tiles)
         rows, columns = (0, 0) if rows * columns == 1 else (rows, columns)
         views = 1 + rows * columns
-        table = tile_table(torch.tensor([[rows, columns, height, width]]), self.grid, self.spatial, views)
-        return int(table.size[0]), views * patches
+        table = tile_table(torch.tensor([[rows, columns, height, width]]), self.grid, self.spatial, views, self.newline)
+        return int(table.size[0]), 0 if table.lines is None else len(table.lines.row), views * patches
 
 
 @dataclass

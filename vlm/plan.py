@@ -249,9 +249,13 @@ def _before(model: BaseVlm, full: int) -> str:
     if getattr(model, "max_patches", 0):
         return f"Per image 1 to {full} visual tokens before any cut, by its shape; the table is of one with {full}"
     if model.visual_tokens is None:
-        return (
+        most = (
             f"Per image {full} visual tokens before any cut at most: the whole image and as many tiles as it may have"
         )
+        lines = (
+            ", and a newline after each of their rows (beyond budgets of the encoder, of rows of which a token is left)"
+        )
+        return most + (lines if getattr(model, "newline", None) is not None else "")
     return f"Per image {full} visual tokens before any cut"
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vlm.build import build_encoder, build_model, build_tokenizer
+from vlm.build import build_encoder, build_model, build_tokenizer, program_of
 from vlm.create import check
 from vlm.data.batch import collate
 from vlm.data.draw import Draw
@@ -15,6 +15,8 @@ from vlm.data.store import Store
 from vlm.evaluation.answer import Asker, Prompt
 from vlm.models.backbones.fused import Fused
 from vlm.models.connectors.resampler import Resampler
+from vlm.models.program.attach import attach
+from vlm.packing import packing_of
 from vlm.plan import plan
 from vlm.recipe import RecipeError, load_recipe
 from vlm.training.loss import inputs_of
@@ -109,3 +111,40 @@ def test_an_encoder_within_an_encoder(recipe: Path):
         check(load_recipe(recipe, (lane, "model.vision.encoder.dept=2")))
     with pytest.raises(RecipeError, match=r"model.vision.encoder must be a method such as .*, found a list"):
         check(load_recipe(recipe, (lane, "model.vision.encoder=[conv_vit]")))
+
+
+def test_rows_of_tiles_end_with_a_newline_that_trains(train, recipe: Path):
+    lines = "model.image={tiling: anyres, max_tiles: 4, newline: true}"
+    text = plan(load_recipe(recipe, (lines, "model.vision.image=32")))
+    assert (
+        "Per image 96 visual tokens before any cut at most: " in text and "a newline after each of their rows" in text
+    )
+    folder = train(lines, "model.vision.image=32", *SHORT)
+    last = sorted((folder / "checkpoints").glob("stage1-*"))[-1]
+    weights = torch.load(last, weights_only=True)["state_dict"]
+    newline = next(value for name, value in weights.items() if name.endswith("newline"))
+    loaded = load_recipe(recipe, (lines, "model.vision.image=32"))
+    model = build_model(loaded, build_tokenizer(loaded))
+    assert model.newline is not None and not torch.equal(newline, model.newline)
+    with pytest.raises(RecipeError, match=r"newlines, which end rows of tiles, and so needs tiling: anyres"):
+        load_recipe(recipe, ("model.image={newline: true}",))
+
+
+@pytest.mark.parametrize("prune", [(), ("prune={use: stride, keep: 30%}",)])
+def test_newlines_count_in_packs(recipe: Path, scenes: Path, prune: tuple[str, ...]):
+    lines = "model.image={tiling: anyres, max_tiles: 4, newline: true}"
+    loaded = load_recipe(recipe, (lines, "model.vision.image=32", "stages.sft.pack={tokens: 256}", *prune))
+    tokenizer = build_tokenizer(loaded)
+    model = build_model(loaded, tokenizer).eval()
+    encode = build_encoder(loaded, model, tokenizer)
+    packing = packing_of(loaded, loaded.stages[1], model, encode)
+    assert packing is not None
+    store = Store(load_manifest([str(scenes / "train")]))
+    with torch.no_grad(), attach(model, program_of(loaded.comparisons[-1], model.facts) if prune else ()):
+        for number in range(3):
+            example = encode(store.read(number), Draw(number, 0, 0))
+            shown = [(medium.width, medium.height) for medium in store.row(number).media]
+            size = packing.measure(store.record(number), shown, Draw(number, 0, 0))
+            entered = int(model._enter(inputs_of(collate([example], 0)), None)[1].layouts[0].valid.sum())
+            assert size.tokens == entered if not prune else entered <= size.tokens <= entered + 10
+            assert size.patches == 5 * 16
