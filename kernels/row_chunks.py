@@ -15,6 +15,8 @@ def in_row_chunks(some_rows: Callable[[slice], tuple[Tensor, ...]], rows: int) -
 
     The backward computes each chunk again instead of keeping what it was computed from.
     """
+    if rows <= ROWS and not torch.is_grad_enabled():
+        return some_rows(slice(None))  # nothing to cut up or to keep: a decoding step is spared the bookkeeping
     starts = range(0, max(rows, 1), ROWS)
     parts = [
         checkpoint(some_rows, slice(start, start + ROWS), use_reentrant=False, preserve_rng_state=False)

@@ -47,15 +47,24 @@ def _some_rows(x: Operands, grouping: Grouping, rows: slice) -> tuple[Tensor, Te
     assert x.v is not None
     heads, groups = x.q.shape[1], grouping.rule.groups
     scores = x.scores(rows)  # [B,H,Q,K], -inf where hidden
-    membership = torch.nn.functional.one_hot(grouping.group_ids.long(), groups).to(scores.dtype)  # [B,1 or H,K,G]
-    membership = membership.expand(-1, heads, -1, -1)
+    every = torch.arange(groups, device=scores.device)
+    membership = (grouping.group_ids[..., None] == every).to(scores.dtype)  # [B,1 or H,K,G]
     if grouping.maps_scores:
         acts = grouping.row_sel[:, None, rows, None]  # [B,1,Q,1]
-        scores = torch.where(acts, _mapped(scores, grouping, membership), scores)
+        scores = torch.where(acts, _mapped(scores, grouping, membership.expand(-1, heads, -1, -1)), scores)
     weights, lse = softmax(scores)  # [B,H,Q,K], [B,H,Q]
-    mass = weights @ membership  # [B,H,Q,G]
-    weights = weights * (grouping.coefficient(mass, rows) @ membership.transpose(-1, -2))
+    mass = _times(weights, membership)  # [B,H,Q,G]
+    weights = weights * _times(grouping.coefficient(mass, rows), membership.transpose(-1, -2))
     return weights.to(x.v.dtype) @ x.per_head(x.v), mass, lse
+
+
+def _times(
+    x: Float[Tensor, "batch heads rows inner"], y: Float[Tensor, "batch one_or_heads inner outer"]
+) -> Float[Tensor, "batch heads rows outer"]:
+    """Their product; where all heads share ``y`` they are rows of one product, so ``y`` is not copied for each."""
+    if y.shape[1] != 1:
+        return x @ y
+    return (x.flatten(1, 2) @ y[:, 0]).unflatten(1, x.shape[1:3])
 
 
 def _mapped(scores: Tensor, grouping: Grouping, membership: Tensor) -> Tensor:

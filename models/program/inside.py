@@ -29,25 +29,30 @@ def newest_row(layout: Layout, rows: int) -> Int[Tensor, " batch"]:
 def row_scores(
     q: Float[Tensor, "batch heads rows dim"],
     k: Float[Tensor, "batch kv_heads keys dim"],
-    visible: Bool[Tensor, "batch #rows keys"],
+    visible: Bool[Tensor, "batch #rows keys"] | None,
     scale: float | None = None,
 ) -> Float[Tensor, "batch heads rows keys"]:
-    """Scaled scores of a few rows, in single precision or more; -inf where a key is hidden."""
+    """Scaled scores of a few rows, in single precision or more; -inf where a key is hidden (None: nowhere)."""
     wide = torch.promote_types(q.dtype, torch.float32)
     heads, rows = q.shape[1:3]
     factor: float = q.shape[3] ** -0.5 if scale is None else scale
-    grouped = (q.to(wide) * factor).unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # [B,KV,G*R,D]
-    scores = (grouped @ k.to(wide).transpose(2, 3)).view(len(q), heads, rows, k.shape[2])
-    return scores.masked_fill(~visible[:, None], -torch.inf)
+    grouped = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # [B,KV,G*R,D]
+    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and not torch.is_grad_enabled():
+        # Sums stay in single precision and keys as they are: a wide copy of the cache would be read at every token.
+        flat = torch.bmm(grouped.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), out_dtype=wide)
+        scores = flat.view(len(q), heads, rows, k.shape[2]) * factor
+    else:
+        scores = ((grouped.to(wide) * factor) @ k.to(wide).transpose(2, 3)).view(len(q), heads, rows, k.shape[2])
+    return scores if visible is None else scores.masked_fill(~visible[:, None], -torch.inf)
 
 
 def mixed(
     weights: Float[Tensor, "batch heads rows keys"], v: Float[Tensor, "batch kv_heads keys dim"]
 ) -> Float[Tensor, "batch heads rows dim"]:
-    """Values mixed by attention weights, in the type of the values."""
+    """Values mixed by attention weights, in the type of the values (to which fused attention rounds weights too)."""
     heads, rows = weights.shape[1:3]
     grouped = weights.unflatten(1, (v.shape[1], -1)).flatten(2, 3)  # [B,KV,G*R,K]
-    return (grouped @ v.to(weights.dtype)).view(len(v), heads, rows, v.shape[3]).to(v.dtype)
+    return (grouped.to(v.dtype) @ v).view(len(v), heads, rows, v.shape[3])
 
 
 def rescored(
@@ -57,11 +62,15 @@ def rescored(
     v: Float[Tensor, "batch kv_heads keys dim"],
     keys: Keys,
     scale: float | None,
-) -> tuple[Float[Tensor, "batch heads dim"], Int[Tensor, " batch"]]:
-    """The newest row's attention output under ``op``, and which of the call's rows it is."""
-    row = newest_row(keys.layout, q.shape[2])
-    own = q.gather(2, row[:, None, None, None].expand(-1, q.shape[1], 1, q.shape[3]))  # [B,H,1,D]
-    scores = row_scores(own, k, keys.layout.valid[:, None], scale)[:, :, 0]  # [B,H,K]; the last token sees them all
+    padded: bool = True,
+) -> tuple[Float[Tensor, "batch heads dim"], Int[Tensor, " batch"] | None]:
+    """The newest row's attention output under ``op``, and which of the call's rows it is; None if there is but one."""
+    row, own = None, q
+    if q.shape[2] > 1:
+        row = newest_row(keys.layout, q.shape[2])
+        own = q.gather(2, row[:, None, None, None].expand(-1, q.shape[1], 1, q.shape[3]))  # [B,H,1,D]
+    visible = keys.layout.valid[:, None] if padded else None
+    scores = row_scores(own, k, visible, scale)[:, :, 0]  # [B,H,K]; the last token sees them all
     if op.scores is not None:
         scores = op.scores(scores, keys)
     weights = scores.softmax(-1)
@@ -98,9 +107,11 @@ def regrouped(
 
 
 def put_row(
-    out: Float[Tensor, "batch rows heads dim"], new: Float[Tensor, "batch heads dim"], row: Int[Tensor, " batch"]
+    out: Float[Tensor, "batch rows heads dim"], new: Float[Tensor, "batch heads dim"], row: Int[Tensor, " batch"] | None
 ) -> Float[Tensor, "batch rows heads dim"]:
     """``out`` with another row in each sample."""
+    if row is None:
+        return new[:, None].to(out.dtype)
     return out.index_put((torch.arange(len(out), device=out.device), row), new.to(out.dtype))
 
 
@@ -160,10 +171,13 @@ class _Now:
         def hook(projection: nn.Module, args: tuple) -> tuple | None:
             if self.resting():
                 return None
-            keys = self.keys()
+            assert self.run is not None
+            keys, memo, key = self.keys(), self.run.memo, (gate, self.number)
             x: Tensor = args[0]  # [B,R,H*D]
-            gains = gate.gains(keys).to(x.dtype)  # [B,H]
-            gains = gains.repeat_interleave(x.shape[2] // gains.shape[1], 1)  # [B,H*D]
+            if self.run.prompt or key not in memo:  # the same throughout an answer
+                gains = gate.gains(keys).to(x.dtype)  # [B,H]
+                memo[key] = gains.repeat_interleave(x.shape[2] // gains.shape[1], 1)  # [B,H*D]
+            gains = memo[key]
             if x.shape[1] == 1:
                 return (x * gains[:, None], *args[1:])
             place = (torch.arange(len(x), device=x.device), newest_row(keys.layout, x.shape[1]))

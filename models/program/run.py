@@ -45,7 +45,8 @@ class Run:
     have the batch first. stream: the name of the context. inner: by the number of layers behind it, the last place's
     state in the pass that was last. grids: rows and columns of each image's tokens before any cut, where all images are
     such grids. packed: whether the sequences are packs of samples; lengths: of each, where that is all that attention
-    needs to know (see :mod:`vlm.models.pack`).
+    needs to know (see :mod:`vlm.models.pack`). memo: what stays as it is while an answer
+    grows; other rows begin without.
     """
 
     def __init__(self, layout: Layout, side: Side, seed: Int[Tensor, " images"]) -> None:
@@ -66,6 +67,7 @@ class Run:
         self.inner: dict[int, Float[Tensor, "batch width"]] = {}
         self.grids: list[tuple[int, int]] = []
         self.first: Float[Tensor, "batch vocab"] | None = None  # logits that the prompt gave, for other contexts
+        self.memo: dict[Any, Any] = {}
         self._signals: dict[int, dict[Signal, Tensor]] = {0: {}}
         self._asks: dict[int, Int[Tensor, "batch asks"]] = {}
         self._masks: dict[int, Bool[Tensor, "batch 1 rows keys"] | None] = {}
@@ -148,7 +150,7 @@ class Run:
         batch = len(self.total)
         for name in ("layouts", "asks", "total", "held", "memory", "inner", "_signals", "_asks"):
             setattr(taken, name, _rows(getattr(self, name), index, batch))
-        taken.kept, taken.deep, taken._masks = {}, [], {}
+        taken.kept, taken.deep, taken._masks, taken.memo = {}, [], {}, {}
         return taken
 
     def mask(self, first: int, rows: int) -> Bool[Tensor, "batch 1 rows keys"] | None:
