@@ -93,8 +93,8 @@ def comparison_page(evaluation: dict[str, Any]) -> str:
         f"`vlm run recipes/{evaluation['name'].replace('-', '_')}.yaml` after `vlm run recipes/scenes.yaml`, on two CPU"
         f" cores, {evaluation['created'][:10]}, {packages}; weights: {evaluation['weights']}.",
         "",
-        "Accuracy, CHAIR and recall in percent, CHAIRs with its 95 % interval; FLOPs, KV bytes, prefill time",
-        "(scoring included) and time of each further token of a prompt against plain. No method was trained with, and no row is left out.",
+        "Accuracy, CHAIR and recall in percent, CHAIRs with its 95 % interval; FLOPs, KV bytes, prefill time (scoring",
+        "included) and time of each further token of a prompt against plain. No row is left out.",
         "",
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),

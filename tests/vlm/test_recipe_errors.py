@@ -25,7 +25,9 @@ run:
   global_batch: 32
 """
 
-STAGE_KEYS = "betas, clip, drop_image, global_batch, mix, name, objective, pack, repeat, samples, schedule, steps, tokens, train"
+STAGE_KEYS = (
+    "betas, clip, drop_image, global_batch, mix, name, objective, pack, repeat, samples, schedule, steps, tokens, train"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -89,9 +91,10 @@ def test_the_recipe_that_the_mistakes_are_made_in_is_good():
         ("global_batch: 32", "global_batch: 32\n  devices: 3\n  parallel: ddp",
          "x.yaml:17: run.devices is 3, which does not divide global_batch 32; legal: 1, 2, 4, 8, 16, 32"),
         ("global_batch: 32", "global_batch: 32\n  devices: 2\n  parallel: single",
-         "x.yaml:18: run.parallel is single, but run.devices is 2; use ddp"),
+         "x.yaml:18: run.parallel is single, but run.devices is 2; use ddp or fsdp2"),
         ("global_batch: 32", "parallel: dpp",
-         "x.yaml:16: run.parallel must be 'single' or 'ddp', found 'dpp'; did you mean 'ddp'?"),
+         "x.yaml:16: run.parallel must be 'single', 'ddp', 'fsdp2', 'zero1', 'zero2' or 'zero3', found 'dpp'; did you "
+         "mean 'ddp'?"),
         ("global_batch: 32", "trace_samples: on", "x.yaml:16: run.trace_samples must be true or false, found 'on'"),
         ("recipe: 1", "recipe: 2", "x.yaml:1: recipe must be 1, found 2"),
         ("seed: 17", "seed: 17\nseed: 18", "x.yaml:3: seed is given twice, first at x.yaml:2"),

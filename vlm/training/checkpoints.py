@@ -282,7 +282,7 @@ def load_start(model: BaseVlm, content: dict[str, Any], path: Path) -> None:
     own = model.state_dict()
     renamed = {f"model.{name.replace('.base_layer.', '.')}": f"model.{name}" for name in own if not is_adapter(name)}
     state = {renamed.get(name, name): value for name, value in content["state_dict"].items()}
-    if content.get("base") is not None or any(is_adapter(name) for name in state):
+    if content.get("base") is not None or any(is_adapter(str(name)) for name in state):
         raise TrainingError(f"checkpoint {path}: model.weights takes a composed model without adapters; found others")
     adapters = {f"model.{name}": value for name, value in own.items() if is_adapter(name)}
     load_weights(model, {"state_dict": {**state, **adapters}}, path)

@@ -137,7 +137,7 @@ def gathered(value: Tensor) -> Tensor:
 
         with GatheredParameters([value]):
             return value.detach().clone()
-    return value.detach().full_tensor() if isinstance(value, DTensor) else value.detach()
+    return value.full_tensor().detach() if isinstance(value, DTensor) else value.detach()
 
 
 def local(value: Tensor) -> Tensor:

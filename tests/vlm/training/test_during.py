@@ -65,7 +65,7 @@ def test_a_resumed_run_asks_again_what_it_trains_again(asked, train):
 
 
 def test_bad_words_are_refused_before_training(asked, scenes, train, capsys):
-    with pytest.raises(RecipeError, match="benchmarks.0 is unknown; did you mean 'pope'"):
+    with pytest.raises(RecipeError, match=r"benchmarks\.0 is unknown; did you mean 'pope'"):
         load_recipe(asked, ["evaluate.during={every: 2, benchmarks: poep}"])
     questions = scenes / "benchmarks/pope_random.json"
     lines = questions.read_text().splitlines()

@@ -22,7 +22,8 @@ SHORT = "stages=[{name: sft, mix: {scenes: 1}, steps: 40, train: {connector: {lr
 STAGE = "{name: dpo, mix: {pairs: 1}, steps: 6, train: {language: {lr: 1e-2, %s}}, objective: {use: dpo, %s}}"
 ADAPTER, START = STAGE % ("lora: 2", "reference: adapter"), STAGE % ("weight_decay: 0", "reference: start")
 M3ID = ["--chosen", "{mitigate: {use: m3id, decay: 1, tau: 1}}", "--prompt", "Please describe this image briefly."]
-M3ID += ["evaluate.decode={use: sample}", "--max-new-tokens", "8"]  # sampled, because so short a run says one thing only
+# Sampled, because so short a run says one thing only.
+M3ID += ["evaluate.decode={use: sample}", "--max-new-tokens", "8"]
 LAST = "checkpoints/stage0-dpo-step00000006.ckpt"
 
 
