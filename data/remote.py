@@ -153,6 +153,13 @@ def _call(address: str, method: str, seconds: float, **arguments: Any) -> Any:
     coroutine = getattr(files, f"_{method}")
 
     async def limited() -> Any:
-        return await asyncio.wait_for(coroutine(name, **arguments), seconds)
+        try:
+            return await asyncio.wait_for(coroutine(name, **arguments), seconds)
+        except FileNotFoundError as error:  # to fsspec's http whatever fails while a size is asked for is this
+            cause = error.__cause__
+            missing = isinstance(cause, FileNotFoundError) or getattr(cause, "status", 0) in (404, 410)
+            if isinstance(cause, Exception) and not missing:
+                raise cause from None
+            raise
 
     return sync(files.loop, limited)

@@ -116,6 +116,16 @@ def test_what_lasts_is_one_line_that_names_the_sample(
     assert handler.faults == [] and text(store.read(5)) == "text 5"
 
 
+def test_a_refused_question_for_the_size_is_no_missing_file(served: tuple[str, type[Handler]], tmp_path: Path) -> None:
+    address, handler = served
+    handler.faults[:] = ["503"] * 4  # HEAD and GET, twice
+    size = (tmp_path / "shard-000000.tar").stat().st_size
+    assert remote.byte_size(f"{address}/shard-000000.tar") == size
+    handler.faults[:] = ["503"] * 20
+    with pytest.raises(DataError, match=r"expected its size, found 503, .*\(try 5 of 5\)"):
+        remote.byte_size(f"{address}/shard-000000.tar")
+
+
 def test_what_trying_again_cannot_mend_fails_at_once(served: tuple[str, type[Handler]]) -> None:
     address, handler = served
     handler.faults[:] = ["403"] * 5
