@@ -35,7 +35,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -363,7 +363,7 @@ class Run:
                 except FileExistsError:
                     continue  # it is being written just now
 
-    def judge(self, fault: str, codes: list[int | None], hit: set[int]) -> bool:
+    def judge(self, fault: str, codes: Sequence[int | None], hit: set[int]) -> bool:
         """Whether the fault happened. Raises Failed where a life did not end as it must."""
         log = "".join(path.read_text() for path in sorted(self.recipe.parent.glob("rank*.log")))
         where = f"life {self.lives}, {fault or 'no fault'}: exit codes {codes}"
