@@ -76,7 +76,7 @@ def test_help_imports_nothing_heavy():
     [
         (("rnu", "x.yaml"),
          "rnu is no command of vlm; did you mean 'run'? Known: run, train, evaluate, report, plan, data, "
-         "generate, export, methods, kernels, doctor"),
+         "calibrate, generate, export, methods, kernels, doctor"),
         (("data", "mak"), "mak is no command of vlm data; did you mean 'make'? Known: make, pack, make-pairs, index, "
          "index-captions, check, show, score"),
         ((), "the following arguments are required: COMMAND"),
@@ -106,9 +106,9 @@ def test_a_mistake_is_one_line(arguments: tuple[str, ...], expected: str, capsys
 
 
 def test_an_unknown_method_in_the_file_names_its_line(capsys: pytest.CaptureFixture[str]):
-    Path("x.yaml").write_text(RECIPE + "mitigate: {use: vra}\n")
+    Path("x.yaml").write_text(RECIPE + "mitigate: {use: varr}\n")
     assert failing(capsys, "plan", "x.yaml") == (
-        f"x.yaml:10: mitigate.use vra is unknown; did you mean 'var'? Known: {', '.join(names('mitigate'))}"
+        f"x.yaml:10: mitigate.use varr is unknown; did you mean 'var'? Known: {', '.join(names('mitigate'))}"
     )
 
 
@@ -140,7 +140,7 @@ def test_report_writes_the_page_of_the_recipes_run(capsys: pytest.CaptureFixture
 def test_plan_prints_what_plan_says_or_the_resolved_recipe(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr("vlm.plan.plan", lambda recipe: f"the plan of {recipe.name}")
+    monkeypatch.setattr("vlm.plan.plan", lambda recipe, gpu: f"the plan of {recipe.name}")
     assert main(["plan", "x.yaml"]) == 0
     assert capsys.readouterr().out == "the plan of x\n"
     assert main(["plan", "x.yaml", "--resolved", "seed=5"]) == 0
@@ -161,7 +161,7 @@ def test_generate_prints_the_answer(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 @pytest.mark.parametrize("error, code", [(DataError("a.tar: truncated"), 2), (KeyboardInterrupt(), 130)])
 def test_what_stops_a_command(error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch, capsys):
-    def stop(recipe: Any) -> str:
+    def stop(recipe: Any, gpu: Any) -> str:
         raise error
 
     monkeypatch.setattr("vlm.plan.plan", stop)
@@ -170,7 +170,7 @@ def test_what_stops_a_command(error: BaseException, code: int, monkeypatch: pyte
 
 
 def test_a_fault_of_ours_is_no_user_error(monkeypatch: pytest.MonkeyPatch):
-    def fault(recipe: Any) -> str:
+    def fault(recipe: Any, gpu: Any) -> str:
         raise ValueError("of the program")
 
     monkeypatch.setattr("vlm.plan.plan", fault)

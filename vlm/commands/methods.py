@@ -26,7 +26,9 @@ def _print_table(entries: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("kind", "name", "options", "source", "verified", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for heading in ("kind", "name", "options", "source", "verified"):
+        table.add_column(heading, no_wrap=heading in ("kind", "name"))  # what one looks for stays whole
     for entry in entries:
         options = ", ".join(name if option["required"] else f"[{name}]" for name, option in entry["options"].items())
         source = f"needs {entry['needs']}, not installed" if "needs" in entry else entry["source"]
