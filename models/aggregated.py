@@ -101,7 +101,8 @@ class GlobalCosineAttention(CosineAttention):
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [N,H,L,D]
         q = self.query(F.normalize(q, dim=-1), torch.tensor(float(x.shape[1])))
         bias = self.bias(grid, grid)[None].to(v.dtype)
-        return self.finish(F.scaled_dot_product_attention(q, F.normalize(k, dim=-1), v, attn_mask=bias, scale=1), x)
+        q, k = q.to(v.dtype), F.normalize(k, dim=-1).to(v.dtype)  # autocast has norms and embeddings in float32
+        return self.finish(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1), x)
 
 
 class AggregatedAttention(CosineAttention):
@@ -129,7 +130,7 @@ class AggregatedAttention(CosineAttention):
         edge = self.window // 2  # the table of the kernel has offsets up to window - 1
         local = F.pad(self.relative_pos_bias_local.unflatten(1, (self.window, self.window)), (edge,) * 4)
         out = neighborhood_attention(
-            self.query(unit, seen[:, None]),
+            self.query(unit, seen[:, None]).to(v.dtype),  # autocast has norms and embeddings in float32
             k,
             v,
             grid,
