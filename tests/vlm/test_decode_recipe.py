@@ -1,5 +1,6 @@
 """``evaluate.decode``: how a recipe says which tokens are chosen, what is refused, and what the protocol then says."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from vlm.build import decoder_of
+from vlm.commands import main
 from vlm.create import check
 from vlm.evaluation import answer
 from vlm.evaluation.evaluate import _decoding
@@ -107,3 +109,19 @@ def test_an_asker_uses_its_decoder(monkeypatch):
     assert asker.generate([answer.Prompt("a", "b", 9)]) == [[1, 2]]
     [(inputs, told)] = seen
     assert inputs == "inputs" and {"max_new_tokens": 9, "stop": 7, "decoder": Beam(2)}.items() <= told.items()
+
+
+@pytest.mark.slow
+def test_a_row_may_decode_in_its_own_way(shrunk, tmp_path, monkeypatch):
+    """From the answers to the pictures, whichever row stands last."""
+    monkeypatch.chdir(tmp_path)
+    recipe = Path(__file__).parents[2] / "recipes/scenes.yaml"
+    beam = "decode: {use: beam, width: 2}"
+    rows = f"[{{}}, {{{beam}, mitigate: {{use: opera}}}}, {{{beam}}}, {{prune: {{use: stride, keep: 50%}}}}]"
+    words = [*shrunk(recipe), f"evaluate.compare={rows}", "run.dir=run"]
+    assert main(["run", str(recipe), *words]) == 0
+    results = json.loads(Path("run/evaluation.json").read_text())["results"]
+    told = [next(iter(result["protocol"].values()))["decoding"].split()[0] for result in results]
+    assert told == ["greedy", "beam", "beam", "greedy"]
+    assert [result["decode"] is not None for result in results] == [False, True, True, False]
+    assert len(json.loads(Path("run/pictures.json").read_text())["items"][0]["views"]) == 4

@@ -20,7 +20,7 @@ from vlm.models.program.run import Run
 from vlm.models.program.schedule import BudgetReport, report
 from vlm.models.program.shape import DecoderShape
 
-REPEATS = 5  # of a timed prefill or answer
+REPEATS, REPEATED_ANSWERS = 5, 3  # of a timed prefill, of a timed answer
 STEPS = 8  # tokens after the first of a timed answer
 
 
@@ -88,7 +88,7 @@ def token_seconds(
     inputs: Any,
     programs: Sequence[Program],
     decoders: Sequence[Decoder | None],
-    repeats: int = REPEATS,
+    repeats: int = REPEATED_ANSWERS,
 ) -> list[list[float]]:
     """Seconds of each further token of an answer to every prompt of ``inputs`` under each program and its decoder,
     ``repeats`` times.

@@ -27,7 +27,7 @@ from vlm.recipe import Recipe, RecipeError
 from vlm.recipe.schema import Comparison
 from vlm.training.train import versions
 
-TIMED = 32  # prompts of a batch whose prefill and tokens are timed
+TIMED = 16  # prompts of a batch whose prefill and tokens are timed
 
 
 class Bench:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlm.build import program_of
+from vlm.build import decoder_of, program_of
 from vlm.evaluation.answer import Asker, Prompt
 from vlm.models.base import BaseVlm, Overview
 from vlm.models.program.attach import attach
@@ -65,7 +65,10 @@ def draw_pictures(
     prompts = [bench.prompts[i] for i in chosen]
     whole = model.prefill(bench.ask.inputs(prompts))[1].run.layouts[0]
     frames = [model.overview(whole, sample) for sample in range(len(prompts))]
-    views = [_view(row, model, bench, prompts, frames, program_of(row, model.facts)) for row in rows]
+    views = []
+    for row in rows:
+        bench.ask.decoder = decoder_of(recipe, row)
+        views.append(_view(row, model, bench, prompts, frames, program_of(row, model.facts)))
     items = []
     for i in chosen:
         question = bench.questions[i]
