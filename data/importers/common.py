@@ -1,16 +1,60 @@
-"""What importers share: keys that shards can hold, and images that stay inside their folder."""
+"""What importers share: records of a file and what becomes of bad ones, keys that shards can hold, and images that stay
+inside their folder."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
+from typing import Any, Literal
 
 from vlm.data.decode import image_extension
 from vlm.data.errors import DataError
-from vlm.data.schema import KEY_BYTES
+from vlm.data.schema import KEY_BYTES, Sample
+
+log = logging.getLogger(__name__)
 
 _HASH = 10
+
+
+def json_records(path: Path) -> Iterator[Any]:
+    """The records of a `.json` list, or of a `.jsonl` file with one per line. Raises DataError for any other."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            records = [json.loads(line) for line in text.splitlines() if line.strip()]
+        else:
+            records = json.loads(text)
+    except FileNotFoundError:
+        raise DataError(f"{path}: expected a file, found none") from None
+    except ValueError as error:
+        raise DataError(f"{path}: expected utf-8 json, found {error}") from error
+    if not isinstance(records, list):
+        raise DataError(f"{path}: expected a list of records, found {type(records).__name__}")
+    yield from records
+
+
+def samples(
+    annotations: str | Path,
+    records: Iterable[Any],
+    on_bad: Literal["error", "skip"],
+    make: Callable[[int, Any], Sample],
+) -> Iterator[Sample]:
+    """`make(number, record)` of each record; with `on_bad="skip"` those that it refuses are counted and logged."""
+    skipped = 0
+    for number, record in enumerate(records):
+        try:
+            yield make(number, record)
+        except DataError as error:
+            if on_bad == "error":
+                raise
+            skipped += 1
+            log.warning("%s record %d skipped: %s", annotations, number, error)
+    if skipped:
+        log.warning("%s: %d records skipped", annotations, skipped)
 
 
 class Keys:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from vlm.data.errors import DataError
-from vlm.data.importers.common import Keys, read_image
+from vlm.data.importers.common import Keys, json_records, read_image, samples
 from vlm.data.schema import Message, Part, Sample
-
-log = logging.getLogger(__name__)
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _MARK = "<image>"
@@ -34,33 +30,9 @@ def read_llava_json(
         DataError: a record of another shape, marks and images that differ in number, a missing image or one outside
             the folder. With `on_bad="skip"` such records are counted and logged instead.
     """
-    keys, skipped = Keys(), 0
-    for number, record in enumerate(_records(Path(annotations))):
-        try:
-            yield _sample(keys, number, record, Path(images), source, license)
-        except DataError as error:
-            if on_bad == "error":
-                raise
-            skipped += 1
-            log.warning("%s record %d skipped: %s", annotations, number, error)
-    if skipped:
-        log.warning("%s: %d records skipped", annotations, skipped)
-
-
-def _records(path: Path) -> Iterator[Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".jsonl":
-            records = [json.loads(line) for line in text.splitlines() if line.strip()]
-        else:
-            records = json.loads(text)
-    except FileNotFoundError:
-        raise DataError(f"{path}: expected a file, found none") from None
-    except ValueError as error:
-        raise DataError(f"{path}: expected utf-8 json, found {error}") from error
-    if not isinstance(records, list):
-        raise DataError(f"{path}: expected a list of records, found {type(records).__name__}")
-    yield from records
+    keys, folder = Keys(), Path(images)
+    records = json_records(Path(annotations))
+    yield from samples(annotations, records, on_bad, lambda n, r: _sample(keys, n, r, folder, source, license))
 
 
 def _sample(keys: Keys, number: int, record: Any, folder: Path, source: str, license: str) -> Sample:

@@ -5,17 +5,14 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from vlm.data.decode import image_extension
 from vlm.data.errors import DataError
-from vlm.data.importers.common import Keys, read_image
+from vlm.data.importers.common import Keys, json_records, read_image, samples
 from vlm.data.schema import Message, Part, Sample
-
-log = logging.getLogger(__name__)
 
 _TEXTS = ("question", "chosen", "rejected")
 _MARK = "<image>"
@@ -38,36 +35,16 @@ def read_rlhf_v(
         DataError: a record of another shape, equal answers, a missing image or one outside the folder. With
             `on_bad="skip"` such records are counted and logged instead.
     """
-    keys, skipped = Keys(), 0
-    for number, record in enumerate(_records(Path(annotations))):
-        try:
-            yield _sample(keys, number, record, Path(images), source, license)
-        except DataError as error:
-            if on_bad == "error":
-                raise
-            skipped += 1
-            log.warning("%s record %d skipped: %s", annotations, number, error)
-    if skipped:
-        log.warning("%s: %d records skipped", annotations, skipped)
+    keys, folder = Keys(), Path(images)
+    records = _records(Path(annotations))
+    yield from samples(annotations, records, on_bad, lambda n, r: _sample(keys, n, r, folder, source, license))
 
 
 def _records(path: Path) -> Iterator[Any]:
     if path.suffix == ".parquet":
         yield from _rows(path)
         return
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".jsonl":
-            records = [json.loads(line) for line in text.splitlines() if line.strip()]
-        else:
-            records = json.loads(text)
-    except FileNotFoundError:
-        raise DataError(f"{path}: expected a file, found none") from None
-    except ValueError as error:
-        raise DataError(f"{path}: expected utf-8 json, found {error}") from error
-    if not isinstance(records, list):
-        raise DataError(f"{path}: expected a list of records, found {type(records).__name__}")
-    yield from records
+    yield from json_records(path)
 
 
 def _rows(path: Path) -> Iterator[Any]:
