@@ -27,7 +27,8 @@ from vlm.data.stream import MicroBatch, SampleStream, StreamConfig
 from vlm.models.base import BaseVlm
 from vlm.recipe import Recipe, load_recipe
 from vlm.training.loss import inputs_of
-from vlm.training.train import open_sources, train
+from vlm.training.train import train
+from vlm.training.work import open_sources
 
 RECIPE = """
 name: bench

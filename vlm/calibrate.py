@@ -20,7 +20,7 @@ from vlm.models.program.tune import Asked, Described, Judged
 from vlm.progress import Progress
 from vlm.recipe import Recipe, RecipeError
 from vlm.training.loss import inputs_of
-from vlm.training.train import trained_weights
+from vlm.training.weights import trained_weights
 
 # How many samples are used where nobody says: prompts cost a pass for each head, answers are generated one by one.
 SAMPLES = {"asked": 64, "described": 64, "judged": 512, "captioned": 2048}

@@ -10,7 +10,7 @@ from vlm.data.errors import DataError
 from vlm.evaluation.answer import Asker, Prompt
 from vlm.models.program.retrieval import Captions, encoder_of, image_features
 from vlm.recipe import Recipe
-from vlm.training.train import trained_weights
+from vlm.training.weights import trained_weights
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 

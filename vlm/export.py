@@ -19,7 +19,7 @@ from vlm.models.processing import load_processor
 from vlm.models.saved import load_composed, save_composed
 from vlm.recipe import Recipe
 from vlm.training.loss import inputs_of
-from vlm.training.train import trained_weights
+from vlm.training.weights import trained_weights
 
 CLOSE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of the largest logit: adapters merged in fp32, or rounded to bf16
 

@@ -10,7 +10,7 @@ from vlm.evaluation.answer import Asker, Prompt
 from vlm.models.program.attach import attach
 from vlm.models.program.grounding import grounding_maps
 from vlm.recipe import Recipe
-from vlm.training.train import trained_weights
+from vlm.training.weights import trained_weights
 
 
 def generate(

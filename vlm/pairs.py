@@ -27,7 +27,7 @@ from vlm.progress import Progress
 from vlm.recipe import Recipe, RecipeError
 from vlm.recipe.load import read_words
 from vlm.recipe.schema import Comparison
-from vlm.training.train import trained_weights
+from vlm.training.weights import trained_weights
 
 NO_IMAGE = "no-image"
 

@@ -18,7 +18,9 @@ from vlm.report import write_report
 from vlm.report.findings import find
 from vlm.report.read import read_run
 from vlm.report.records import Chair, Evaluation, Other, YesNo
-from vlm.training.train import OUTSIDE_RANKS, find_weights, is_first_rank, train, trained_weights
+from vlm.training.launch import OUTSIDE_RANKS, is_first_rank
+from vlm.training.train import train
+from vlm.training.weights import find_weights, trained_weights
 
 PARTS = ("data", "train", "evaluate", "report")
 

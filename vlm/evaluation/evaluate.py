@@ -25,7 +25,7 @@ from vlm.models.program.program import Program
 from vlm.progress import Progress
 from vlm.recipe import Recipe, RecipeError
 from vlm.recipe.schema import Comparison
-from vlm.training.train import versions
+from vlm.versions import versions
 
 TIMED = 16  # prompts of a batch whose prefill and tokens are timed
 

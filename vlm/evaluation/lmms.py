@@ -31,7 +31,7 @@ from vlm.recipe import RecipeError, load_recipe
 from vlm.recipe.errors import unknown
 from vlm.recipe.schema import Comparison
 from vlm.training.loss import inputs_of
-from vlm.training.train import trained_weights
+from vlm.training.weights import trained_weights
 
 # lmms-eval hands these to every model; a recipe says them itself.
 GIVEN_BY_THE_KIT = ("batch_size", "max_batch_size", "device")

@@ -1,49 +1,36 @@
 """Training: the stages of a recipe one after the other, from wherever the run stands."""
 
 import logging
-import math
-import os
 import shutil
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
-from importlib.metadata import version
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from transformers import PreTrainedTokenizerBase
 
-from vlm.build import build_collate, build_encoder
 from vlm.create import create
-from vlm.data.draw import Draw
-from vlm.data.errors import DataError
-from vlm.data.index import Manifest, load_manifest
-from vlm.data.pairs import CollatePairs, PairEncoder
-from vlm.data.store import Store
-from vlm.data.stream import BadSamplePolicy, Packing
+from vlm.data.stream import BadSamplePolicy
 from vlm.models.base import BaseVlm
 from vlm.models.pack import packed_attention
-from vlm.packing import fill_of, packing_of
-from vlm.progress import Progress
 from vlm.recipe import Recipe
-from vlm.recipe.schema import Stage
 from vlm.training import checkpoints
-from vlm.training.callbacks import Save, Trace, Watch, keep_lines_before
-from vlm.training.datamodule import StageData
-from vlm.training.errors import TrainingError
-from vlm.training.loggers import open_loggers
+from vlm.training.launch import is_first_rank
 from vlm.training.memory import switched
 from vlm.training.module import TrainingModule
 from vlm.training.reference import NAME as REFERENCE
-from vlm.training.reference import Measure, Pairs
+from vlm.training.reference import Measure
 from vlm.training.sharding import working_copy, write_back
-from vlm.training.stages import check_stage, wants_pairs
+from vlm.training.stages import wants_pairs
 from vlm.training.stop import Stop, Told, listening
-from vlm.training.strategy import SHARDED, environment, strategy
+from vlm.training.strategy import SHARDED
+from vlm.training.trainer import LOGS, open_trainer
+from vlm.training.work import Sources, StageWork, open_sources, open_stage
 from vlm.training.zero import check_zero
+from vlm.versions import versions
 
 # Lightning advertises and counts devices at every fit; what a user needs to see is in our own progress and audit.
 for _library in ("lightning.pytorch", "lightning.fabric"):
@@ -53,43 +40,7 @@ warnings.filterwarnings("ignore", message="You're resuming from a checkpoint", m
 warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer`", module="lightning")
 warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec", module="lightning")
 
-# Set in every process by a launcher from outside; Lightning's own launcher starts the others after the data are made.
-OUTSIDE_RANKS = ("RANK", "SLURM_PROCID")
-
-LOGS = ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl")  # a line for a step of a stage
-
-PACKAGES = ("torch", "transformers", "peft", "lightning", "timm", "webdataset", "vlm-recipes")
-
-
-class Sources(NamedTuple):
-    """The recipe's data sources, opened."""
-
-    manifests: dict[str, Manifest]
-    stores: dict[str, Store]
-
-    @property
-    def tags(self) -> tuple[str, ...]:
-        """Every tag of every source, sorted."""
-        return tuple(sorted({tag for manifest in self.manifests.values() for tag in manifest.tags}))
-
-
 Watchers = Callable[[int, int], list[Callback]]
-
-
-def open_sources(recipe: Recipe) -> Sources:
-    """Read the manifests of all sources of the recipe."""
-    manifests = {name: load_manifest(list(source.shards)) for name, source in recipe.data.sources.items()}
-    return Sources(manifests, {name: Store(manifest) for name, manifest in manifests.items()})
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that decide a result."""
-    return {package: version(package) for package in PACKAGES}
-
-
-def is_first_rank() -> bool:
-    """Whether this process is the first of its launch: torchrun's, SLURM's, or Lightning's own on one machine."""
-    return next((int(os.environ[name]) for name in (*OUTSIDE_RANKS, "LOCAL_RANK") if name in os.environ), 0) == 0
 
 
 def train(
@@ -122,11 +73,13 @@ def train(
     if is_first_rank():
         (folder.parent / "recipe.yaml").write_text(recipe.to_yaml())
     with listening() as told:
-        for number, stage in enumerate(recipe.stages):
+        for number in range(len(recipe.stages)):
             if start is not None and start.stage > number:
                 continue
             resumed = start if start is not None and start.stage == number else None
-            _train_stage(recipe, number, stage, model, tokenizer, sources, resumed, watchers, told)
+            work = open_stage(recipe, number, model, tokenizer, sources)
+            if resumed is None or resumed.step < work.layout["steps"]:
+                _train_stage(recipe, number, work, model, sources, resumed, watchers, told)
 
 
 def _where_to_start(recipe: Recipe, folder: Path) -> checkpoints.Checkpoint | None:
@@ -145,75 +98,53 @@ def _clear(folder: Path) -> None:
         path.unlink()
 
 
-def stage_steps(
-    stage: Stage, global_batch: int, stores: list[Store], encoder: Any, packing: Packing | None = None, seed: int = 0
-) -> int:
-    """Steps of a stage; a length in tokens counts the mean of the first 256 samples of each source, and what a pack
-    holds is told by the first 512 samples of the mixture. Without a length it is one round of all repeats."""
-    if stage.steps is not None:
-        return stage.steps
-    samples = stage.samples
-    if samples is None and stage.tokens is None:
-        samples = sum(round(times) * len(store) for times, store in zip(stage.mix.values(), stores, strict=True))
-    if packing is not None:
-        fill = fill_of(stage, stores, seed, packing)
-        step = fill.samples if samples is not None else fill.share * packing.config.tokens
-        return max(1, math.ceil((samples or stage.tokens or 0) / (step * global_batch)))
-    if samples is not None:
-        return -(-samples // global_batch)
-    assert stage.tokens is not None
-    total = sum(stage.mix.values())
-    parts = zip(stores, stage.mix.values(), strict=True)
-    mean = sum(weight / total * _mean_tokens(store, encoder) for store, weight in parts)
-    return max(1, round(stage.tokens / (mean * global_batch)))
-
-
-def _mean_tokens(store: Store, encoder: Any) -> float:
-    """Mean length of the first samples of a source; unreadable ones are left to training, which counts them."""
-    lengths = []
-    for number in range(min(256, len(store))):
-        with suppress(DataError, OSError):
-            lengths.append(len(encoder(store.read(number), Draw(number, 0, 0)).tokens))
-    if not lengths:
-        raise DataError(f"{store.manifest.shards[0].address}: expected readable samples, found none among the first")
-    return sum(lengths) / len(lengths)
-
-
 def _train_stage(
     recipe: Recipe,
     number: int,
-    stage: Stage,
+    work: StageWork,
     model: BaseVlm,
-    tokenizer: PreTrainedTokenizerBase,
     sources: Sources,
     resumed: checkpoints.Checkpoint | None,
     watchers: Watchers,
     told: Told,
 ) -> None:
-    global_batch = stage.global_batch or recipe.run.global_batch
-    encoder = build_encoder(recipe, model, tokenizer, stage.drop_image)
-    stores = [sources.stores[name] for name in stage.mix]
-    collate, objective = build_collate(encoder, tokenizer), create("objective", stage.objective)
-    if wants_pairs(objective):
-        check_stage(recipe, number, {name: sources.stores[name] for name in stage.mix})
-        encoder, collate = PairEncoder(encoder), CollatePairs(collate)
-    packing = packing_of(recipe, stage, model, encoder)
-    steps = stage_steps(stage, global_batch, stores, encoder, packing, recipe.seed + number)
-    if resumed is not None and resumed.step >= steps:
-        return
     seed_everything(recipe.seed + number, verbose=False)
-    micro = recipe.run.micro_batch or global_batch // recipe.run.world
-    accumulate = global_batch // recipe.run.world // micro
     working = working_copy(model) if recipe.run.parallel in SHARDED else model
+    module = _module(recipe, number, work, model, working, sources)
+    trainer = open_trainer(recipe, number, work.layout, resumed.step if resumed else 0, told)
+    trainer.callbacks.extend(watchers(number, work.layout["steps"]))  # type: ignore[attr-defined]
+    if wants_pairs(work.objective) and module.objective.needs_start:
+        about = {"recipe": recipe.identity_hash(), "data": {n: sources.manifests[n].hash for n in work.stage.mix}}
+        measure = Measure(Path(recipe.run.dir), number, work.pairs(), about, resumed is not None)
+        trainer.callbacks.append(measure)  # type: ignore[attr-defined]
+    data = work.data(BadSamplePolicy(recipe.data.on_bad_sample.consecutive, recipe.data.on_bad_sample.skip))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(recipe.run.threads or threads)  # of training: an evaluation takes all there are
+    try:
+        with switched(recipe, working), packed_attention(working) if work.packing else nullcontext():
+            trainer.fit(module, datamodule=data, ckpt_path=resumed.path if resumed else None, weights_only=True)
+        if working is not model:
+            write_back(working, model)
+    finally:
+        module.detach()
+        torch.set_num_threads(threads)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    _end_if_told(trainer, Path(recipe.run.dir))
+
+
+def _module(
+    recipe: Recipe, number: int, work: StageWork, model: BaseVlm, working: BaseVlm, sources: Sources
+) -> TrainingModule:
+    """The Lightning module of a stage. ``working`` is trained for ``model``, where an engine takes parameters apart."""
     prune, left_out = recipe.prune, checkpoints.untrained(recipe, model)
-    built = objective.build(working, sources.tags)
-    module = TrainingModule(
+    return TrainingModule(
         working,
-        built,
-        objective.per,
-        stage,
-        steps,
-        global_batch,
+        work.objective.build(working, sources.tags),
+        work.objective.per,
+        work.stage,
+        work.layout["steps"],
+        work.layout["global_batch"],
         create("prune", prune) if prune else None,
         tuple(create("mitigate", method) for method in recipe.mitigate),
         prune.schedule if prune else None,
@@ -227,36 +158,6 @@ def _train_stage(
         seed=recipe.seed + number,
         leave_out=left_out,
     )
-    tolerance = BadSamplePolicy(recipe.data.on_bad_sample.consecutive, recipe.data.on_bad_sample.skip)
-    layout = {
-        "global_batch": global_batch,
-        "micro_batch": micro,
-        "workers": recipe.data.workers,
-        "seed": recipe.seed + number,
-        "steps": steps,
-    }
-    weights = list(stage.mix.values())
-    data = StageData(stores, weights, encoder, collate, layout, tolerance, packing, stage.repeat is not None)
-    trainer = _trainer(recipe, number, stage, steps, accumulate, resumed, told)
-    trainer.callbacks.extend(watchers(number, steps))  # type: ignore[attr-defined]
-    if isinstance(encoder, PairEncoder) and built.needs_start:
-        pairs = Pairs(stores, weights, encoder, collate, layout, stage.repeat is not None)
-        about = {"recipe": recipe.identity_hash(), "data": {name: sources.manifests[name].hash for name in stage.mix}}
-        measure = Measure(Path(recipe.run.dir), number, pairs, about, resumed is not None)
-        trainer.callbacks.append(measure)  # type: ignore[attr-defined]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(recipe.run.threads or threads)  # of training: an evaluation takes all there are
-    try:
-        with switched(recipe, working), packed_attention(working) if packing else nullcontext():
-            trainer.fit(module, datamodule=data, ckpt_path=resumed.path if resumed else None, weights_only=True)
-        if working is not model:
-            write_back(working, model)
-    finally:
-        module.detach()
-        torch.set_num_threads(threads)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-    _end_if_told(trainer, Path(recipe.run.dir))
 
 
 def _end_if_told(trainer: Trainer, folder: Path) -> None:
@@ -267,80 +168,3 @@ def _end_if_told(trainer: Trainer, folder: Path) -> None:
         if is_first_rank() and last is not None:
             print(f"stopped by SIGTERM, saved {last.path}; the same command goes on from it", file=sys.stderr)
         raise SystemExit(0)
-
-
-def _trainer(
-    recipe: Recipe,
-    number: int,
-    stage: Stage,
-    steps: int,
-    accumulate: int,
-    resumed: checkpoints.Checkpoint | None,
-    told: Told,
-) -> Trainer:
-    folder, run = Path(recipe.run.dir), recipe.run
-    done = resumed.step if resumed else 0
-    first = is_first_rank()
-    if first:
-        for log in LOGS:
-            keep_lines_before(folder / log, number, done)
-    title = f"stage {number + 1}/{len(recipe.stages)} {stage.name}"
-    progress = Progress(title, steps, quiet=not first, start=done)
-    logs = open_loggers(recipe, stage.name, done) if first else []
-    watch = Watch(number, stage.name, steps, folder / "metrics.jsonl", run.log_every, progress, logs)
-    callbacks: list[Any] = [watch]
-    if run.trace_samples:
-        callbacks.append(Trace(number, folder / "samples.jsonl"))
-    files = checkpoints.Files(run.save.background)
-    save = Save(number, stage.name, steps, folder / "checkpoints", run.save.every, run.save.keep, files)
-    callbacks += [save, Stop(save, told)]
-    return Trainer(
-        accelerator="auto",
-        devices=run.devices,
-        num_nodes=run.nodes,
-        strategy=strategy(run),
-        precision={"fp32": "32-true", "bf16": "bf16-mixed"}[run.precision],  # type: ignore[arg-type]
-        max_steps=steps,
-        max_epochs=-1,
-        accumulate_grad_batches=accumulate,
-        gradient_clip_val=stage.clip,
-        callbacks=callbacks,
-        plugins=[files, *environment()],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
-
-
-def find_weights(recipe: Recipe) -> Path:
-    """The checkpoint that is evaluated: the newest of the run, or what ``run.weights`` means; of a recipe without
-    stages what ``model.from`` names.
-
-    Raises TrainingError when there is none.
-    """
-    other = recipe.run.weights
-    if not recipe.stages and recipe.model.origin is not None:
-        return Path(recipe.model.origin.name)
-    if other is not None:
-        return checkpoints.of_run(Path(other), "run.weights")
-    folder = Path(recipe.run.dir) / "checkpoints"
-    point = checkpoints.newest(folder)
-    if point is None:
-        raise TrainingError(f"{folder}: expected a checkpoint of this run, found none; run `vlm train` first")
-    return point.path
-
-
-def trained_weights(recipe: Recipe, model: BaseVlm) -> Path:
-    """Load the checkpoint of :func:`find_weights` into ``model``, and say which it is.
-
-    Raises TrainingError when there is none, or it is of another recipe.
-    """
-    path = find_weights(recipe)
-    if not recipe.stages:
-        return path  # the model holds them as it was built
-    content = checkpoints.read(path)
-    checkpoints.check_recipe(content, path, recipe.identity())
-    checkpoints.load_weights(model, content, path)
-    return path

@@ -16,7 +16,7 @@ from vlm.models.program.artifact import contents, write
 from vlm.plan import plan
 from vlm.recipe import RecipeError, load_recipe
 from vlm.run import run
-from vlm.training.train import trained_weights
+from vlm.training.weights import trained_weights
 
 METHOD = "{use: zerotuning, calibration: auto, objective: entropy, layers: [0, 0]}"
 ROW = f"evaluate.compare=[{{mitigate: {METHOD}}}]"

@@ -18,7 +18,7 @@ from vlm.models.errors import ModelError
 from vlm.models.program.attach import attach
 from vlm.recipe import RecipeError, load_recipe
 from vlm.recipe.schema import Comparison
-from vlm.training.train import trained_weights
+from vlm.training.weights import trained_weights
 
 pytest.importorskip("lmms_eval", reason="the extra lmms-eval is not installed")
 

@@ -16,7 +16,7 @@ from vlm.packing import VisualTokens, packing_of
 from vlm.plan import plan
 from vlm.recipe import RecipeError, load_recipe
 from vlm.run import run
-from vlm.training.train import stage_steps
+from vlm.training.work import stage_steps
 
 PACKED = {"stages.1.pack.tokens": "220", "stages.1.pack.buffer": "6", "run.global_batch": "4", "run.threads": "1"}
 

@@ -21,7 +21,7 @@ from vlm.objectives.chat import ChatLoss
 from vlm.recipe import load_recipe
 from vlm.training import callbacks
 from vlm.training.loss import Loss
-from vlm.training.train import stage_steps
+from vlm.training.work import stage_steps
 
 CHAT = (
     "stages=[{name: one, mix: {scenes: 1}, steps: 4, schedule: {warmup: 2, use: linear},"
