@@ -30,6 +30,14 @@ class Spike(torch.autograd.Function):
         return gradients[0] * SLOPE * fired * (1 - fired)
 
 
+def spike(above: Tensor) -> Tensor:
+    """:class:`Spike`, in plain operations where a compiler would trace its two passes apart at every neuron."""
+    if not torch.compiler.is_compiling():
+        return Spike.apply(above)  # type: ignore[return-value]
+    smooth = (SLOPE * above).sigmoid()
+    return (above >= 0).to(above.dtype) + (smooth - smooth.detach())  # adds 0 and brings its gradient
+
+
 class Neuron(nn.Module):
     """Leaky integrate-and-fire over the time steps, starting at rest in every pass; it has no weights.
 
@@ -44,7 +52,7 @@ class Neuron(nn.Module):
         membrane, spikes = torch.zeros_like(x[0]), []
         for now in x:
             membrane = membrane + (now - membrane) / DECAY
-            fired: Tensor = Spike.apply(membrane - self.threshold)  # type: ignore[assignment]
+            fired = spike(membrane - self.threshold)
             membrane = membrane * (1 - fired.detach())
             spikes.append(fired)
         return torch.stack(spikes)
