@@ -35,7 +35,7 @@ def restated(block, x):
 
 def test_the_balance_of_every_routed_layer_is_that_of_the_paper():
     moh, seen = encoder(), []
-    routers = [module for module in moh.modules() if getattr(module, "routed", 0)]
+    routers = [module for module in moh.modules() if hasattr(module, "wg")]
     for module in routers:
         module.wg.weight.data.mul_(100)  # so that heads are used unevenly
         module.wg.register_forward_hook(lambda wg, args, out: seen.append(args[0].detach()))
@@ -62,7 +62,7 @@ def test_a_router_that_uses_all_heads_alike_has_the_least_balance():
 
 def test_descending_the_balance_evens_out_the_use_of_heads():
     moh, images = encoder(), torch.randn(4, 3, 64, 64)
-    routers = [module for module in moh.modules() if getattr(module, "routed", 0)]
+    routers = [module for module in moh.modules() if hasattr(module, "wg")]
     for module in routers:
         module.wg.weight.data.mul_(100)
     weights = [module.wg.weight for module in routers]
