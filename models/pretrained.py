@@ -148,7 +148,8 @@ class PretrainedVlm(BaseVlm):
     def refuses(self) -> Mapping[str, str]:
         kind = self.model.config.model_type
         step = f"{kind} encodes and projects images in one step of Transformers; prune at llm.in instead"
-        return {**({} if self.family.tower else {"vit.out": step}), **self.family.refuses}
+        padding = dict.fromkeys(("TokenShown", "PatchShown"), self._unpadded)
+        return {**({} if self.family.tower else {"vit.out": step}), **padding, **self.family.refuses}
 
     def inputs(self, batch: Mapping[str, Any], keys: Sequence[str] = ()) -> PretrainedInputs:
         """The batch that a Hugging Face processor returned (``return_tensors="pt"``), as this model takes it.
