@@ -142,7 +142,8 @@ class PretrainedVlm(BaseVlm):
         tower = self.family.tower
         if tower is None:
             return None
-        return Vision(tower.depth, len(tower.blocks), tower.output, tower.class_token, tower.cuts)
+        blocks, known = len(tower.blocks), {"width": tower.dim, "kind": tower.kind}
+        return Vision(tower.depth, blocks, tower.output, tower.class_token, tower.cuts, **known)
 
     @property
     def refuses(self) -> Mapping[str, str]:

@@ -230,7 +230,8 @@ class VisionLanguageModel(BaseVlm):
         encoder = self.vision
         blind = "" if encoder.blocks else f"{type(encoder).__name__} has no attention blocks"
         blind = getattr(encoder, "blind", "") or blind
-        return Vision(encoder.depth, len(encoder.blocks), encoder.output, encoder.class_token, encoder.cuts, blind)
+        known = (encoder.depth, len(encoder.blocks), encoder.output, encoder.class_token, encoder.cuts, blind)
+        return Vision(*known, encoder.dim, getattr(encoder, "kind", ""))
 
     def patch_features(
         self, inputs: Inputs
