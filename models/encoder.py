@@ -39,7 +39,7 @@ class Encoder(Protocol):
 
     More where they are not as usual: blind, why the attention of blocks cannot be read; spatial, False where a
     token's place in the grid does not say which part of the picture it shows; frozen, names of modules that never
-    train.
+    train; kind, the ``model_type`` of an encoder of Transformers.
 
     max_patches, of an encoder whose pictures keep their shape: the most patches of one, of ``patch`` pixels each side.
     It is called with the height and width of each picture too, which stands in the upper left corner of its image;

@@ -142,13 +142,15 @@ class PretrainedVlm(BaseVlm):
         tower = self.family.tower
         if tower is None:
             return None
-        return Vision(tower.depth, len(tower.blocks), tower.output, tower.class_token, tower.cuts)
+        blocks, known = len(tower.blocks), {"width": tower.dim, "kind": tower.kind}
+        return Vision(tower.depth, blocks, tower.output, tower.class_token, tower.cuts, **known)
 
     @property
     def refuses(self) -> Mapping[str, str]:
         kind = self.model.config.model_type
         step = f"{kind} encodes and projects images in one step of Transformers; prune at llm.in instead"
-        return {**({} if self.family.tower else {"vit.out": step}), **self.family.refuses}
+        padding = dict.fromkeys(("TokenShown", "PatchShown"), self._unpadded)
+        return {**({} if self.family.tower else {"vit.out": step}), **padding, **self.family.refuses}
 
     def inputs(self, batch: Mapping[str, Any], keys: Sequence[str] = ()) -> PretrainedInputs:
         """The batch that a Hugging Face processor returned (``return_tensors="pt"``), as this model takes it.

@@ -34,6 +34,7 @@ class Tower:
         self.encoder, self.projector = encoder, projector
         entries = [layer] if isinstance(layer, int) else list(layer)
         self.depth: int = config.num_hidden_layers
+        self.dim, self.kind = config.hidden_size * len(entries), str(config.model_type)
         self.output = max(entry % (self.depth + 1) for entry in entries) - 1
         self.prefix = int(has_class_token(config))
         self.class_token = self.prefix == 1

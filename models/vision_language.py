@@ -218,18 +218,20 @@ class VisionLanguageModel(BaseVlm):
 
     @property
     def refuses(self) -> Mapping[str, str]:
+        padding = {} if self.spatial else dict.fromkeys(("TokenShown", "PatchShown"), self._unpadded)
         if self.connector.token_wise:
-            return {}
+            return padding
         grids = f"{self.vision.grid} to {self.visual_grid}"
         why = f"the connector {type(self.connector).__name__} mixes tokens, {grids}; prune at llm.in instead"
-        return dict.fromkeys(("vit.mid", "vit.after", "vit.out"), why)
+        return dict.fromkeys(("vit.mid", "vit.after", "vit.out"), why) | padding
 
     @property
     def vision_facts(self) -> Vision:
         encoder = self.vision
         blind = "" if encoder.blocks else f"{type(encoder).__name__} has no attention blocks"
         blind = getattr(encoder, "blind", "") or blind
-        return Vision(encoder.depth, len(encoder.blocks), encoder.output, encoder.class_token, encoder.cuts, blind)
+        known = (encoder.depth, len(encoder.blocks), encoder.output, encoder.class_token, encoder.cuts, blind)
+        return Vision(*known, encoder.dim, getattr(encoder, "kind", ""))
 
     def patch_features(
         self, inputs: Inputs
@@ -248,9 +250,13 @@ class VisionLanguageModel(BaseVlm):
         if self.max_patches:  # nothing is padded
             counts = self.visual_counts(inputs)
             return (torch.arange(int(counts.max()), device=counts.device) < counts[:, None]).float()
-        image = self.vision.image
-        share = picture_share(inputs.images, image.mean, image.std, self.visual_grid)
-        return self._by_row(share[..., None], inputs)[0][..., 0]
+        return self._by_row(self._shown(inputs, self.visual_grid)[..., None], inputs)[0][..., 0]
+
+    def _shown(self, inputs: Inputs, grid: tuple[int, int]) -> Float[Tensor, "views tokens"]:
+        """How much of each place of a view's grid shows the picture; all of it where nothing is padded."""
+        if self.max_patches:
+            return inputs.images.new_ones(len(inputs.images), grid[0] * grid[1])
+        return picture_share(inputs.images, self.vision.image.mean, self.vision.image.std, grid)
 
     def _by_row(
         self, values: Float[Tensor, "views tokens width"], inputs: Inputs
@@ -289,7 +295,7 @@ class VisionLanguageModel(BaseVlm):
             views: tuple[Tensor, ...] = () if table is None else (table.image, table.real)
             if self.max_patches:
                 views += (self.vision.grids(self._sizes(inputs))[:, 1:],)
-            engine.begin(seed, *views)
+            engine.begin(seed, *views, shown=lambda: self._shown(inputs, self.vision.grid))
             found = self._look(inputs)
             cut = engine.finish(found.tokens)
         features = found.tokens if cut is None else cut.features.to(found.tokens.dtype)

@@ -393,6 +393,8 @@ def check(program: Program, facts: Facts) -> None:
             if what in facts.refuses:
                 raise ModelError(f"{site}: {facts.refuses[what]}")
         for signal in needs_of(op, facts.layers):
+            if (what := type(signal).__name__) in facts.refuses:
+                raise ModelError(f"{site}: {facts.refuses[what]}")
             _check_signal(site, signal, facts)
         if isinstance(op, Rewrite | Control) and (wrong := [n for n in op.inner if not 0 <= n <= facts.layers]):
             raise ModelError(f"{site}: it reads the state after 0 to {facts.layers} layers; found {wrong[0]}")

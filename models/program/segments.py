@@ -51,7 +51,8 @@ def cosine(
     x: Float[Tensor, "segments tokens width"], y: Float[Tensor, "segments others width"]
 ) -> Float[Tensor, "segments tokens others"]:
     """Cosine similarity of each token of ``x`` with each of ``y``, at least in single precision."""
-    return unit(x) @ unit(y).transpose(1, 2)
+    with torch.autocast(x.device.type, enabled=False):  # which makes products in half precision of it
+        return unit(x) @ unit(y).transpose(1, 2)
 
 
 def unit(x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:

@@ -80,8 +80,7 @@ def question(layout: Layout, asks: Int[Tensor, "batch asks"] | None) -> Bool[Ten
     place = torch.arange(layout.role.shape[1], device=layout.role.device)
     image, end = layout.last(layout.visual)[:, None], layout.last(layout.valid)[:, None]  # [B,1]
     if asks is not None:
-        beyond = torch.where(asks > image, asks, layout.role.shape[1]).amin(1, keepdim=True)
-        end = torch.minimum(end, beyond)
+        end = torch.minimum(end, torch.where(asks > image, asks, layout.role.shape[1]).amin(1, keepdim=True))
     found = layout.valid & (place > image) & (place <= end)
     return found | ((place == end) & layout.valid & ~found.any(1, keepdim=True))
 
@@ -425,7 +424,8 @@ class Vision(NamedTuple):
 
     depth: its blocks as published; a negative layer counts from there. blocks: how many of them run. output: the block
     whose features are handed over. class_token: whether the first token is one. cuts: why tokens cannot go between
-    blocks, empty when they can. attention: why attention cannot be read, empty when it can.
+    blocks, empty when they can. attention: why attention cannot be read, empty when it can. width: of a patch's
+    features. kind: the ``model_type`` of an encoder of Transformers.
     """
 
     depth: int
@@ -434,6 +434,8 @@ class Vision(NamedTuple):
     class_token: bool
     cuts: str = ""
     attention: str = ""
+    width: int = 0
+    kind: str = ""
 
     def block(self, layer: int | None, who: str) -> int:
         """The block that ``layer`` means: counted from 0, from the end when negative, the output's when None.
@@ -482,10 +484,8 @@ def class_token_of(facts: Facts, who: str, instead: str = "") -> Vision:
     """The vision encoder's facts. Raises ModelError for an encoder without a class token; ``instead``: the way out."""
     vision = encoder_of(facts, who)
     if not vision.class_token:
-        raise ModelError(
-            f"{who}: it ranks tokens by the class token's attention, and this vision encoder has no class token"
-            + (f"; {instead}" if instead else "")
-        )
+        why = "it ranks tokens by the class token's attention, and this vision encoder has no class token"
+        raise ModelError(f"{who}: {why}" + (f"; {instead}" if instead else ""))
     return vision
 
 

@@ -26,6 +26,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from vlm.models.encoder import Encoder
 from vlm.models.errors import ModelError
 from vlm.models.program.budget import Budget
+from vlm.models.program.debias import PatchPlace, PatchShown, raster_share
 from vlm.models.program.program import VIT_OUT, Position, Program, Select, Tokens, in_encoder, needs_of
 from vlm.models.program.quota import divide
 from vlm.models.program.reduce import Reduced
@@ -124,6 +125,8 @@ class VisionEngine:
         self.cuts = {str(site): op for site, op in program if isinstance(op, Select) and in_encoder(site)}
         self.out = next((op for site, op in program if site == VIT_OUT and isinstance(op, Select)), None)
         needs = {s for _, op in program for s in needs_of(op, layers) if s.part == "vision"}
+        self.given = [s for s in needs if s.of_inputs]
+        needs.difference_update(self.given)
         self.needs = {layer: [s for s in needs if s.layer == layer] for layer in {s.layer for s in needs}}
         self.now: Encoding | None = None
         self._entered: Any = WeakIdKeyDictionary()  # storage of a block's input -> block -> what was known then
@@ -161,12 +164,13 @@ class VisionEngine:
         image: Int[Tensor, " views"] | None = None,
         real: Bool[Tensor, "views patches"] | None = None,
         own_columns: Int[Tensor, "views 1"] | None = None,
+        shown: Callable[[], Float[Tensor, "views patches"]] | None = None,
     ) -> None:
         """A pass begins, of as many pictures as there are seeds; image and real as in :class:`Encoding`, by default a
         view is an image and all of it is real.
 
         own_columns: of pictures that each have a grid of their own; what is not real then is no patch at all, and the
-        encoder hides it from attention until the engine does.
+        encoder hides it from attention until the engine does. shown: gives how much of each patch shows the picture.
         """
         rows, columns = self.encoder.grid
         image = torch.arange(len(seed), device=seed.device) if image is None else image
@@ -174,6 +178,16 @@ class VisionEngine:
         self.now = Encoding(seed, image, real, columns if own_columns is None else own_columns)
         if own_columns is not None:
             self.now.valid, self.now.cut = real, not bool(real.all())
+        for signal in self.given:
+            self.now.signals[signal] = self._enter(signal, self.now.valid, shown)
+
+    def _enter(self, signal: Signal, valid: Tensor, shown: Callable[[], Tensor] | None) -> Tensor:
+        """A signal that is known before the pass."""
+        if isinstance(signal, PatchPlace):
+            return raster_share(valid)
+        if isinstance(signal, PatchShown) and shown is not None:
+            return shown()
+        raise ModelError(f"vit: this model does not tell {signal}")
 
     def finish(self, features: Float[Tensor, "views patches width"]) -> Reduced | None:
         """The features that go to the connector, or None when all do as they are. Makes the cut at ``vit.out``."""

@@ -32,7 +32,8 @@ class Flowcut:
     twice the budget, and cut to it after the second layer of the language model, by the flow from the rows that ask;
     2.5 is half of the budget in each of five views. similarity: of values, ``softmax`` of their products as in the code
     or ``cosine`` as in the paper. position: the code for Qwen keeps positions, the others count anew.
-    Numbers of removed patches are each image's own (the code takes the largest of the batch).
+    Numbers of removed patches are each image's own (the code takes the largest of the batch). There is no ``debias``:
+    the score is a product of attention, likeness and norm of values, averaged over blocks, and no attention to correct.
     """
 
     source: ClassVar[str] = "FlowCut (NeurIPS 2025), sections 3.2 and 3.3; official code"

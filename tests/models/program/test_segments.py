@@ -53,3 +53,11 @@ def test_cosine_is_at_least_single_precision():
     assert unit(x.half()).dtype == torch.float32
     assert unit(x.double()).dtype == torch.float64
     assert unit(torch.zeros(1, 3)).tolist() == [[0, 0, 0]]
+
+
+def test_cosines_are_in_single_precision_also_in_a_training_pass():
+    x, y = torch.randn(2, 5, 8), torch.randn(2, 3, 8)
+    expected = torch.nn.functional.cosine_similarity(x.double()[:, :, None], y.double()[:, None], dim=3)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = cosine(x, y)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-6)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPConfig
 
 from vlm import export
 from vlm.build import build_encoder, build_model, build_tokenizer
@@ -288,6 +288,20 @@ def test_without_stages_the_checkpoint_itself_is_judged(
         ("siglip", "prune={use: visionzip, keep: 9}",
          "visionzip: it ranks tokens by the class token's attention, and this vision encoder has no class token; "
          "set attention: received"),
+        ("siglip", "prune={use: cdpruner, keep: 9, relevance: clip, text: some/clip}",
+         "cdpruner: relevance: clip: expected a vision encoder of CLIP, of model_type clip_vision_model; "
+         "found 'siglip_vision_model'; use relevance: language instead"),
+        ("qwen2_5_vl", "prune={use: cdpruner, keep: 50%, relevance: clip, text: some/clip}",
+         "cdpruner: relevance: expected a patch behind each visual token; qwen2_5_vl encodes and projects images in "
+         "one step of Transformers; use relevance: language instead"),
+        ("llava", "prune={use: hired, keep: 9, debias: {padding: 0.5}}",
+         "vit.out: padding: expected a composed model, whose pictures are padded here"),
+        ("llava", "prune={use: fastv, keep: 9, layer: 1, debias: {padding: 0.5}}",
+         "llm.before[1]: padding: expected a composed model, whose pictures are padded here"),
+        ("llava", "prune={use: visionzip, keep: 9, debias: -1}",
+         "prune.debias: expected the sigma of exp(-sigma x), 0 or more, or fastv; found '-1'"),
+        ("llava", "prune={use: vscan, keep: 9, debias_encoder: {slope: 1}}",
+         "expected sigma, padding or both; found slope"),
         ("nothing", "seed=1", "model: no checkpoint at "),
     ],
 )  # fmt: skip
@@ -305,6 +319,20 @@ def test_a_plan_refuses_what_cannot_be(
     assert main(["plan", str(tmp_path / "whole.yaml"), f"model.from={name}", override]) == 2
     error = capsys.readouterr().err
     assert expected in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_a_plan_takes_the_clip_whose_encoder_the_model_has_and_no_other(
+    whole: Any, stand_ins: Path, tmp_path: Path, capsys: Any
+) -> None:
+    vision = json.loads((stand_ins / "llava/config.json").read_text())["vision_config"]
+    whole("llava")
+    for name, width in (("own", vision["hidden_size"]), ("other", 2 * vision["hidden_size"])):
+        CLIPConfig(vision_config={**vision, "hidden_size": width}).save_pretrained(tmp_path / name)
+    for name in ("own", "other"):
+        prune = f"prune={{use: cdpruner, keep: 9, relevance: clip, text: {tmp_path / name}}}"
+        assert main(["plan", str(tmp_path / "whole.yaml"), prune]) == (0 if name == "own" else 2)
+    error = capsys.readouterr().err
+    assert "expected the CLIP of the model's own vision encoder" in error and error.count("\n") == 1
 
 
 def sample(*turns: str, images: int = 0, stand_ins: Path) -> Sample:
