@@ -106,6 +106,8 @@ def resequence(
     number = (order - length).clamp_min(0)
 
     def merge(hidden: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() and hidden.requires_grad):
+            return rows_at(first.features, number)
         again = Tokens(**{**vars(tokens), "x": rows_at(hidden, place)})
         return rows_at(reduce(again, chosen, count).features, number)
 
