@@ -5,8 +5,8 @@
 
 Weights, pixels and text are random, so nothing is downloaded; the vision transformer has a class token, a grid of
 24 x 24 and hands over its last block (LLaVA-1.5 the last but one, but some pruners read the last). The pruners are
-those of models/pruners, or only the ones that --pruners names; a budget that one's cuts cannot meet as tokens after the last cut is tried as an average over
-layers, and a pruner that refuses both stays in the table with its reason.
+those of models/pruners, or only the ones that --pruners names; a budget that one's cuts cannot meet as tokens after the
+last cut is tried as an average over layers, and a pruner that refuses both stays in the table with its reason.
 
 A timed prefill is everything from pixels to the logits of the first token. Encoder: its forward pass, with what is
 scored and cut inside; LLM: the rest. Scoring is the time under the pruner less the time of a bare cut: the same counts

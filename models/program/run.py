@@ -46,7 +46,7 @@ class Run:
     state in the pass that was last. grids: rows and columns of each image's tokens before any cut, where all images are
     such grids. packed: whether the sequences are packs of samples; lengths: of each, where that is all that attention
     needs to know (see :mod:`vlm.models.pack`). memo: what stays as it is while an answer
-    grows; other rows begin without.
+    grows; other rows begin without. watchers: who adds up signals that all layers have a say in.
     """
 
     def __init__(self, layout: Layout, side: Side, seed: Int[Tensor, " images"]) -> None:
@@ -68,6 +68,7 @@ class Run:
         self.grids: list[tuple[int, int]] = []
         self.first: Float[Tensor, "batch vocab"] | None = None  # logits that the prompt gave, for other contexts
         self.memo: dict[Any, Any] = {}
+        self.watchers: dict[Signal, Any] = {}
         self._signals: dict[int, dict[Signal, Tensor]] = {0: {}}
         self._asks: dict[int, Int[Tensor, "batch asks"]] = {}
         self._masks: dict[int, Bool[Tensor, "batch 1 rows keys"] | None] = {}
