@@ -188,8 +188,7 @@ class LastQueries(Signal):
     axis: ClassVar[int] = 0
 
     def read(self, seen: Attention) -> Tensor:
-        index = (seen.places(self.rows) - (seen.k.shape[2] - seen.q.shape[2])).clamp_min(0)
-        return seen.q.gather(2, index[:, None, :, None].expand(-1, seen.q.shape[1], -1, seen.q.shape[3]))
+        return seen.q.gather(2, _rows_of(seen.places(self.rows) - (seen.k.shape[2] - seen.q.shape[2]), seen.q))
 
 
 @dataclass(frozen=True)
@@ -253,8 +252,8 @@ class Rated(Signal):
         if not self.gravity and self.heads is None:
             weight = real.to(seen.q.dtype) / real.sum(1, keepdim=True).clamp_min(1)
             return seen.received(rows, weight).mean(1)
-        rows = torch.where(real, index - (seen.k.shape[2] - seen.q.shape[2]), -1)
-        by_row = attention_rows(seen.q, seen.k, rows, **seen.common)  # [B,H,R,K]
+        before = seen.k.shape[2] - seen.q.shape[2]
+        by_row = attention_rows(seen.q, seen.k, rows - real * before, **seen.common)  # [B,H,R,K]
         if self.gravity:
             by_row = by_row / self._gravity(seen, seen.layout, index)[:, None]
         return rated(by_row.masked_fill(~seen.layout.visual[:, None, None], 0), real, self.heads)
