@@ -13,8 +13,9 @@ scored and cut inside; LLM: the rest. Scoring is the time under the pruner less 
 at the same places, kept places known beforehand, no signals read, nothing merged. Pruned, bare and unpruned prefill
 follow each other, and all settings take turns in every repeat, so that what else the machine does falls on all of them;
 ratios and differences are medians of those within a repeat. FLOPs are multiply-accumulates of blocks and layers without
-scoring: 4nD^2 + 2n^2D + 3nDm in a decoder layer of n tokens, D wide, m inside its MLP (2nDm in the encoder, whose MLP
-has no gate; n there counts the class token).
+scoring, but with layers that a method runs twice by its definition (SGL guided by the model itself: those behind the
+cut): 4nD^2 + 2n^2D + 3nDm in a decoder layer of n tokens, D wide, m inside its MLP (2nDm in the encoder, whose MLP has
+no gate; n there counts the class token).
 """
 
 import argparse
@@ -37,6 +38,7 @@ from vlm.create import create, names
 from vlm.evaluation.stand_in import prompt, stand_in
 from vlm.models.encoder import ImageSpec, TimmEncoder
 from vlm.models.errors import ModelError
+from vlm.models.program.ahead import Watch
 from vlm.models.program.attach import attach
 from vlm.models.program.program import Program, Select, Selector, Tokens, check
 from vlm.models.program.shape import DecoderShape
@@ -194,8 +196,16 @@ def _setting(
     naked = bare(program, counts)
     if _visual_tokens(model, inputs, naked) != visual:
         raise AssertionError(f"{name} {keep}: its bare cut leaves other counts, so times cannot be compared")
-    flops = encoder_flops(model, shape[0], counts) + sum(shape[1].flops(n + TEXT) for n in visual)
+    layers = visual + _run_twice(program, visual)
+    flops = encoder_flops(model, shape[0], counts) + sum(shape[1].flops(n + TEXT) for n in layers)
     return Setting(name, keep, program, naked, visual, flops)
+
+
+def _run_twice(program: Program, visual: list[float]) -> list[float]:
+    """Visual tokens of the layers that a program runs a second time to watch them; of the last one, only queries and
+    keys, which count as nothing."""
+    cut = Watch(program, len(visual)).cut
+    return visual[:1] * (len(visual) - 1 - cut) if cut > 0 else []
 
 
 def _visual_tokens(model: VisionLanguageModel, inputs: Inputs, program: Program) -> list[float]:

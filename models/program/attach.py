@@ -196,9 +196,11 @@ class Engine:
             run.put(signal, signal.read_state(hidden, self.decoder))
 
     def _positions(self, run: Run, layer: int, hidden: Tensor) -> dict[str, Any]:
-        layout, rows = run.layouts[run.stage(layer)], hidden.shape[1]
-        rotary = self.decoder.rotary_emb(hidden, position_ids=layout.position_ids(rows))
-        return {"position_ids": layout.position[:, -rows:], "position_embeddings": rotary}
+        first, rows = run.stage(layer), hidden.shape[1]
+        layout, same = run.layouts[first], (first, rows, hidden.dtype, hidden.device)
+        if same not in run.rotary:  # as in Transformers, once for all layers of a stage
+            run.rotary[same] = self.decoder.rotary_emb(hidden, position_ids=layout.position_ids(rows))
+        return {"position_ids": layout.position[:, -rows:], "position_embeddings": run.rotary[same]}
 
     def _look_ahead(self, layer: int, hidden: Tensor, kwargs: dict[str, Any], run: Run) -> None:
         """Read the signals that a cut at ``layer`` wants from the layer's own queries and keys: the layer is run up to

@@ -47,6 +47,7 @@ class Run:
     such grids. packed: whether the sequences are packs of samples; lengths: of each, where that is all that attention
     needs to know (see :mod:`vlm.models.pack`). memo: what stays as it is while an answer
     grows; other rows begin without. watchers: who adds up signals that all layers have a say in.
+    rotary: position embeddings of the pass, by the first layer of the stage and what else they depend on.
     """
 
     def __init__(self, layout: Layout, side: Side, seed: Int[Tensor, " images"]) -> None:
@@ -69,6 +70,7 @@ class Run:
         self.first: Float[Tensor, "batch vocab"] | None = None  # logits that the prompt gave, for other contexts
         self.memo: dict[Any, Any] = {}
         self.watchers: dict[Signal, Any] = {}
+        self.rotary: dict[Any, Any] = {}
         self._signals: dict[int, dict[Signal, Tensor]] = {0: {}}
         self._asks: dict[int, Int[Tensor, "batch asks"]] = {}
         self._masks: dict[int, Bool[Tensor, "batch 1 rows keys"] | None] = {}
@@ -83,6 +85,7 @@ class Run:
         self._signals[layer] = {s: s.take(value, index) for s, value in self._signals[before].items()}
         self.layouts[layer] = layout
         self._masks.pop(layer, None)
+        self.rotary.clear()
         self._asks.pop(layer, None)
 
     def put(self, signal: Signal, value: Tensor) -> None:
@@ -132,6 +135,7 @@ class Run:
         self.prompt = False
         self.step += count
         self._masks.clear()
+        self.rotary.clear()
 
     def truncate(self, count: int) -> None:
         """Take back the last ``count`` generated tokens. Raises ModelError where a cache policy remembers them."""
@@ -144,6 +148,7 @@ class Run:
             self.layouts[first] = Layout(*shorter)
         self.step -= count
         self._masks.clear()
+        self.rotary.clear()
 
     def take_rows(self, index: Int[Tensor, " rows"]) -> "Run":
         """The run of a batch whose row i is row ``index[i]`` of this one. What was cut of the prompt is forgotten."""
@@ -151,7 +156,7 @@ class Run:
         batch = len(self.total)
         for name in ("layouts", "asks", "total", "held", "memory", "inner", "_signals", "_asks"):
             setattr(taken, name, _rows(getattr(self, name), index, batch))
-        taken.kept, taken.deep, taken._masks, taken.memo = {}, [], {}, {}
+        taken.kept, taken.deep, taken._masks, taken.memo, taken.rotary = {}, [], {}, {}, {}
         return taken
 
     def mask(self, first: int, rows: int) -> Bool[Tensor, "batch 1 rows keys"] | None:
