@@ -186,12 +186,8 @@ class Run:
 
     def segment_seed(self, layout: Layout) -> Int[Tensor, " batch"]:
         """One integer per sample from the pixels of its images, whatever else is in the batch."""
-        batch = layout.image.shape[0]
-        total = torch.zeros(batch, dtype=torch.long, device=layout.image.device)
-        for image, seed in enumerate(self.seed.tolist()):
-            owners = (layout.image == image).any(1)
-            total = total + owners * (seed % 2**40)
-        return total
+        shown = self.seed.new_zeros(len(layout.image), len(self.seed) + 1).scatter(1, layout.image + 1, 1)  # 0: text
+        return (shown[:, 1:] * (self.seed % 2**40)).sum(1)
 
     def visual_tokens(self, layers: int) -> list[float]:
         """Mean number of visual tokens per sample in each decoder layer."""
