@@ -115,7 +115,7 @@ class Tokens:
     row: Int[Tensor, "segments tokens"]
     col: Int[Tensor, "segments tokens"]
     size: Float[Tensor, "segments tokens"] | None = None
-    text: Text | None = None
+    text: Callable[[], Text] | None = None  # found when it is asked for
 
     @classmethod
     def of_images(
@@ -134,7 +134,7 @@ class Tokens:
     @property
     def text_tokens(self) -> Text:
         assert self.text is not None  # check() lets only selectors of the language model ask
-        return self.text
+        return self.text()
 
 
 class Selector(NamedTuple):

@@ -138,14 +138,16 @@ def add_clusters(
     """
     dropped = valid & ~kept
     recycled, clusters = clusters_of(dropped.sum(1), share, tokens_per_cluster)
-    again = (ranks(score, dropped) < recycled[:, None]) & dropped
+    index, again = places((ranks(score, dropped) < recycled[:, None]) & dropped)  # [S,T], few of the tokens
     clusters = clusters if most is None else clusters.minimum(most)
-    centre, cluster = density_peaks(x, again, clusters)
-    place, there = places(centre)
+    few = rows_at(x, index)  # distances are between these only
+    centre, cluster = density_peaks(few.detach(), again, clusters)
+    place, there = places(centre)  # [S,C] among the few
     join = (cluster[..., None] == place[:, None]) & again[..., None] & there[:, None]
     size = join.sum(1)
     mean = join.double() / size[:, None].clamp_min(1)
-    return _together(drop(x, valid, kept), Reduced(place, weighted_sums(mean.transpose(1, 2), x, valid), there))
+    means = weighted_sums(mean.transpose(1, 2), few, again)
+    return _together(drop(x, valid, kept), Reduced(index.gather(1, place), means, there))
 
 
 def clusters_of(

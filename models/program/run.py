@@ -46,7 +46,8 @@ class Run:
     state in the pass that was last. grids: rows and columns of each image's tokens before any cut, where all images are
     such grids. packed: whether the sequences are packs of samples; lengths: of each, where that is all that attention
     needs to know (see :mod:`vlm.models.pack`). memo: what stays as it is while an answer
-    grows; other rows begin without.
+    grows; other rows begin without. watchers: who adds up signals that all layers have a say in.
+    rotary: position embeddings of the pass, by the first layer of the stage and what else they depend on.
     """
 
     def __init__(self, layout: Layout, side: Side, seed: Int[Tensor, " images"]) -> None:
@@ -68,6 +69,8 @@ class Run:
         self.grids: list[tuple[int, int]] = []
         self.first: Float[Tensor, "batch vocab"] | None = None  # logits that the prompt gave, for other contexts
         self.memo: dict[Any, Any] = {}
+        self.watchers: dict[Signal, Any] = {}
+        self.rotary: dict[Any, Any] = {}
         self._signals: dict[int, dict[Signal, Tensor]] = {0: {}}
         self._asks: dict[int, Int[Tensor, "batch asks"]] = {}
         self._masks: dict[int, Bool[Tensor, "batch 1 rows keys"] | None] = {}
@@ -82,6 +85,7 @@ class Run:
         self._signals[layer] = {s: s.take(value, index) for s, value in self._signals[before].items()}
         self.layouts[layer] = layout
         self._masks.pop(layer, None)
+        self.rotary.clear()
         self._asks.pop(layer, None)
 
     def put(self, signal: Signal, value: Tensor) -> None:
@@ -131,6 +135,7 @@ class Run:
         self.prompt = False
         self.step += count
         self._masks.clear()
+        self.rotary.clear()
 
     def truncate(self, count: int) -> None:
         """Take back the last ``count`` generated tokens. Raises ModelError where a cache policy remembers them."""
@@ -143,6 +148,7 @@ class Run:
             self.layouts[first] = Layout(*shorter)
         self.step -= count
         self._masks.clear()
+        self.rotary.clear()
 
     def take_rows(self, index: Int[Tensor, " rows"]) -> "Run":
         """The run of a batch whose row i is row ``index[i]`` of this one. What was cut of the prompt is forgotten."""
@@ -150,7 +156,7 @@ class Run:
         batch = len(self.total)
         for name in ("layouts", "asks", "total", "held", "memory", "inner", "_signals", "_asks"):
             setattr(taken, name, _rows(getattr(self, name), index, batch))
-        taken.kept, taken.deep, taken._masks, taken.memo = {}, [], {}, {}
+        taken.kept, taken.deep, taken._masks, taken.memo, taken.rotary = {}, [], {}, {}, {}
         return taken
 
     def mask(self, first: int, rows: int) -> Bool[Tensor, "batch 1 rows keys"] | None:
@@ -180,12 +186,8 @@ class Run:
 
     def segment_seed(self, layout: Layout) -> Int[Tensor, " batch"]:
         """One integer per sample from the pixels of its images, whatever else is in the batch."""
-        batch = layout.image.shape[0]
-        total = torch.zeros(batch, dtype=torch.long, device=layout.image.device)
-        for image, seed in enumerate(self.seed.tolist()):
-            owners = (layout.image == image).any(1)
-            total = total + owners * (seed % 2**40)
-        return total
+        shown = self.seed.new_zeros(len(layout.image), len(self.seed) + 1).scatter(1, layout.image + 1, 1)  # 0: text
+        return (shown[:, 1:] * (self.seed % 2**40)).sum(1)
 
     def visual_tokens(self, layers: int) -> list[float]:
         """Mean number of visual tokens per sample in each decoder layer."""

@@ -165,7 +165,9 @@ def rotary_decay(
     """
     if theta is None:
         theta = base ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=distance.device) / dim)
-    return (2 / dim**0.5 * (distance[..., None] * theta).cos().sum(-1)).clamp_min(floor).float()
+    each = torch.arange(int(distance.max()) + 1 if distance.numel() else 0, device=distance.device)
+    decay = (2 / dim**0.5 * (each[:, None] * theta).cos().sum(-1)).clamp_min(floor).float()
+    return decay[distance.long()]  # many pairs are as far apart
 
 
 def text_relevance(

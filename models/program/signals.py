@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vlm.kernels.received import received_attention
+from vlm.kernels.received import attention_rows, received_attention
 from vlm.kernels.visibility import Common
 from vlm.models.errors import ModelError
 from vlm.models.program.kv_budget import Window
@@ -53,9 +53,8 @@ class Attention(NamedTuple):
     ) -> Float[Tensor, "batch heads keys"]:
         """What each key gets from the rows of the given keys (-1: unused)."""
         rows = torch.where(rows >= 0, rows - (self.k.shape[2] - self.q.shape[2]), -1)
-        return received_attention(
-            self.q, self.k, None, rows, row_weight=weight, reduce=reduce, impl=self.impl, **self.common
-        )
+        how: Any = {"row_weight": weight, "reduce": reduce, "impl": self.impl}
+        return received_attention(self.q, self.k, None, rows, **how, **self.common)
 
     def places(self, rows: Rows) -> Int[Tensor, "batch chosen"]:
         """The keys whose rows are meant by ``rows``, -1 where unused."""
@@ -188,8 +187,7 @@ class LastQueries(Signal):
     axis: ClassVar[int] = 0
 
     def read(self, seen: Attention) -> Tensor:
-        index = (seen.places(self.rows) - (seen.k.shape[2] - seen.q.shape[2])).clamp_min(0)
-        return seen.q.gather(2, index[:, None, :, None].expand(-1, seen.q.shape[1], -1, seen.q.shape[3]))
+        return seen.q.gather(2, _rows_of(seen.places(self.rows) - (seen.k.shape[2] - seen.q.shape[2]), seen.q))
 
 
 @dataclass(frozen=True)
@@ -253,7 +251,8 @@ class Rated(Signal):
         if not self.gravity and self.heads is None:
             weight = real.to(seen.q.dtype) / real.sum(1, keepdim=True).clamp_min(1)
             return seen.received(rows, weight).mean(1)
-        by_row = torch.stack([seen.received(row[:, None]) for row in rows.unbind(1)], 2)  # [B,H,R,K]
+        before = seen.k.shape[2] - seen.q.shape[2]
+        by_row = attention_rows(seen.q, seen.k, rows - real * before, **seen.common)  # [B,H,R,K]
         if self.gravity:
             by_row = by_row / self._gravity(seen, seen.layout, index)[:, None]
         return rated(by_row.masked_fill(~seen.layout.visual[:, None, None], 0), real, self.heads)
@@ -294,12 +293,14 @@ class Given(Signal):
     gradient, and gives one number for each visual token of each row in order, padded on the right; [batch, keys].
 
     inputs and weights are those of the pass (weights None but in training). observes: it runs the model itself, under
-    :func:`~vlm.models.program.observe.observe`.
+    :func:`~vlm.models.program.observe.observe`. watch: makes a watcher, which is shown (layer, attention) of all layers
+    of a bare pass and then has the same scores as ``total``; see :class:`~vlm.models.program.ahead.Watch`.
     """
 
     layer: int = 0
     scores: Scores = field(kw_only=True, repr=False)
     observes: bool = False
+    watch: Callable[[], Any] | None = field(default=None, repr=False)
     of_inputs: ClassVar[bool] = True
 
 
