@@ -61,7 +61,8 @@ class Tower:
 
         def begin(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             pixels = args[0] if args else kwargs["pixel_values"]  # [N,3,H,W]
-            engine.begin(pixel_seed(pixels), *(views or ()))
+            image, real = views or (None, None)
+            engine.begin(pixel_seed(pixels), image, real)
 
         def finish(module: nn.Module, args: tuple) -> tuple | None:
             cut = engine.finish(args[0])

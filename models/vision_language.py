@@ -218,12 +218,13 @@ class VisionLanguageModel(BaseVlm):
 
     @property
     def refuses(self) -> Mapping[str, str]:
-        padding = {} if self.spatial else dict.fromkeys(("TokenShown", "PatchShown"), self._unpadded)
+        hidden = () if self.spatial else ("TokenShown", "PatchShown")
+        padding: dict[str, str] = dict.fromkeys(hidden, self._unpadded)
         if self.connector.token_wise:
             return padding
         grids = f"{self.vision.grid} to {self.visual_grid}"
         why = f"the connector {type(self.connector).__name__} mixes tokens, {grids}; prune at llm.in instead"
-        return dict.fromkeys(("vit.mid", "vit.after", "vit.out"), why) | padding
+        return {**dict.fromkeys(("vit.mid", "vit.after", "vit.out"), why), **padding}
 
     @property
     def vision_facts(self) -> Vision:

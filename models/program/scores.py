@@ -104,7 +104,10 @@ def effective_rank(
     if centre:
         mean = x.sum(1, keepdim=True) / valid.sum(1)[:, None, None].clamp_min(1)
         x = (x - mean).masked_fill(~valid[..., None], 0)
-    values = torch.linalg.svdvals(x)  # zero rows add zeros, which add no entropy
+    gram = x.mT @ x if x.shape[1] >= x.shape[2] else x @ x.mT  # the smaller one has the same values, squared
+    square = torch.linalg.eigvalsh(gram).clamp_min(0)
+    rounding = torch.finfo(square.dtype).eps * max(x.shape[1:]) * square.amax(1, keepdim=True)
+    values = square.masked_fill(square <= rounding, 0).sqrt()  # zeros add no entropy
     share = values / values.sum(1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
     return torch.special.entr(share).sum(1).exp().float()
 
