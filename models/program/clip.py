@@ -22,8 +22,8 @@ def clip_relevance(facts: Facts, name: str, who: str) -> Given:
 
     Raises ModelError where there is no such CLIP, or no patch stands behind each visual token.
     """
-    if "vit.out" in facts.refuses:
-        raise ModelError(f"{who}: relevance: expected a patch behind each visual token; {facts.refuses['vit.out']}")
+    if why := facts.refuses.get("vit.out") or facts.refuses.get("patch_features"):
+        raise ModelError(f"{who}: relevance: expected a patch behind each visual token; {why}")
     if facts.decode is None:
         raise ModelError(f"{who}: relevance: expected a model that was built with its tokenizer, to read the question")
     try:
