@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vlm.models.base import pixel_seed
 from vlm.models.errors import ModelError
-from vlm.models.program.packed_vision import PackedEngine, PackedEncoding, packed
+from vlm.models.program.packed_vision import PackedEncoding, PackedEngine, packed
 from vlm.models.program.reduce import Reduced
 from vlm.models.program.vision import VisionEngine
 
@@ -121,7 +121,7 @@ class PackedTower:
         return self.encoder.register_forward_hook(hook, always_call=always_call)
 
     @contextmanager
-    def cutting(self, engine: PackedEngine, views: None) -> Iterator[list[Bool[Tensor, "images tokens"]]]:
+    def cutting(self, engine: VisionEngine, views: Views | None) -> Iterator[list[Bool[Tensor, "images tokens"]]]:
         """As :meth:`Tower.cutting`; of the merger's output, places that are gone hold zeros."""
         marks: list[Bool[Tensor, "images tokens"]] = []
         left: list[PackedEncoding] = []  # what came out of the last block

@@ -5,12 +5,12 @@ table of the row. What is cut is a group of patches that the merger makes one vi
 a shorter row: later blocks get its own bounds, those of windows too, and the rows of the table that belong to it.
 
 To selectors a token is a group: its features are those of its patches side by side (what the merger takes as one),
-its signals the mean of its patches'. Signals are read over the whole image, also in a block that attends inside windows;
+its signals the mean of its patches'. They are read over the whole image, also in a block that attends inside windows;
 only what patches get from all others (``PatchAttention(who="all")``) is read where they attend, inside the windows.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -82,7 +82,7 @@ class PackedEncoding(Encoding):
         return marks.index_put((image, self.place[image, number]), torch.ones_like(image, dtype=torch.bool))
 
     def arguments(self, bounds: Int[Tensor, " chunks"], rotary: Sequence[Tensor]) -> dict[str, Any]:
-        """The bounds and rotary tables [patches, dim] of a block for the row as it is now, from those before any cut."""
+        """Bounds and rotary tables [patches, dim] of a block for the row as it is now, from those before any cut."""
         number = self._row()[0]
         chunk = torch.searchsorted(bounds.long(), number * self.unit, right=True)
         lengths = chunk.unique_consecutive(return_counts=True)[1] * self.unit
@@ -106,6 +106,15 @@ def _place_in_row(rows: int, cols: int, window: int | None) -> Int[Tensor, " gro
     return (row * cols + col).flatten().argsort(stable=True).argsort()
 
 
+class Call(NamedTuple):
+    """An attention call of a block: one stretch of the row, [1, heads, patches, dim]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float | None
+
+
 class PackedEngine(VisionEngine):
     """The encoder's part of a program, lowered onto blocks over packed pictures. Made by ``attach``."""
 
@@ -126,21 +135,22 @@ class PackedEngine(VisionEngine):
         return now.pack(left)
 
     @torch.no_grad()
-    def read_row(self, layer: int, calls: Sequence[tuple[Tensor, Tensor, Tensor, float | None]]) -> None:
-        """Enter the signals of a block from its attention calls, one for each stretch of the row that attends."""
+    def read_row(self, layer: int, calls: Sequence[Call]) -> None:
+        """Enter the signals of a block from its attention calls."""
         now = packed(self)
         assert now is not None
-        row = [torch.cat([call[part].detach()[0] for call in calls], 1).transpose(0, 1) for part in range(3)]  # [P,H,D]
-        images, windows = (now.valid.sum(1) * now.unit).tolist(), [call[0].shape[2] for call in calls]
+        parts = zip(*(call[:3] for call in calls), strict=True)
+        row = [torch.cat(part, 2)[0].detach().transpose(0, 1) for part in parts]  # three of [patches, heads, dim]
+        images, windows = (now.valid.sum(1) * now.unit).tolist(), [call.q.shape[2] for call in calls]
         for signal in self.needs[layer]:
             lengths = windows if isinstance(signal, PatchAttention) and signal.who == "all" else images
-            now.signals[signal] = self._read_padded(signal, now, row, lengths, calls[0][3])
+            now.signals[signal] = self._read_padded(signal, now, row, lengths, calls[0].scale)
 
     def _read_padded(
         self, signal: Signal, now: PackedEncoding, row: Sequence[Tensor], lengths: list[int], scale: float | None
     ) -> Tensor:
         """A signal's values of the groups, read over stretches of the row as if each were a picture."""
-        q, k, v = (pad_sequence(part.split(lengths), batch_first=True).transpose(1, 2) for part in row)  # [S,H,L,D]
+        q, k, v = (pad_sequence(list(x.split(lengths)), batch_first=True).transpose(1, 2) for x in row)  # [S,H,L,D]
         count = torch.tensor(lengths, device=q.device)
         valid = torch.arange(q.shape[2], device=q.device) < count[:, None]
         common: Any = {"causal": False, "scale": scale, "validate": False}
@@ -164,9 +174,9 @@ class _AroundPacked(Around):
     def enter(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         self.engine.begin_block(self.number, args[0])
         now = packed(self.engine)
-        self.calls: list[tuple[Tensor, Tensor, Tensor, float | None]] = []
+        self.calls: list[Call] = []
         watched = now is not None and self.number in self.engine.needs
-        mode = Watch(lambda *call: self.calls.append(call) if watched else None, None)
+        mode = Watch(lambda *call: self.calls.append(Call(*call)) if watched else None, None)
         mode.__enter__()
         self.modes.append(mode)
         if now is None or not now.cut:
@@ -181,7 +191,7 @@ class _AroundPacked(Around):
         now, calls, self.calls = packed(self.engine), self.calls, []
         if now is None or self.number not in self.engine.needs:
             return
-        seen, expected = sum(call[0].shape[2] for call in calls), int(now.valid.sum()) * now.unit
+        seen, expected = sum(call.q.shape[2] for call in calls), int(now.valid.sum()) * now.unit
         if seen != expected:
             raise ModelError(
                 f"vit: block {self.number} ({type(block).__name__}): expected calls of torch's "

@@ -1,4 +1,4 @@
-"""Cuts inside the vision encoders of Qwen2-VL, Qwen2.5-VL and Qwen3-VL, against the encoder written out image by image."""
+"""Cuts in the vision encoders of Qwen2-VL, Qwen2.5-VL and Qwen3-VL, against the encoder written out image by image."""
 
 import math
 from collections.abc import Sequence
@@ -118,13 +118,12 @@ class Written:
         self.kind, self.tower = model.model.config.model_type, model.model.model.visual
         rows, cols = GRIDS[image]
         row, col = torch.meshgrid(torch.arange(2 * rows), torch.arange(2 * cols), indexing="ij")
-        grouped = [
-            x.view(rows, 2, cols, 2).transpose(1, 2).reshape(-1) for x in (row, col)
-        ]  # [patches], group after group
+        # [patches], group after group
+        grouped = [x.view(rows, 2, cols, 2).transpose(1, 2).reshape(-1) for x in (row, col)]
         self.window = (grouped[0] // 2 // SIDE) * 100 + grouped[1] // 2 // SIDE
         dim = WIDTH // HEADS
         speed = 1.0 / 10000.0 ** (torch.arange(0, dim // 2, 2).float() / (dim // 2))
-        self.angle = torch.cat([x[:, None] * speed for x in grouped], 1).repeat(1, 2)  # [patches, dim], single precision
+        self.angle = torch.cat([x[:, None] * speed for x in grouped], 1).repeat(1, 2)  # [patches, dim]
         self.x = self.tower.patch_embed(pixels_of(image))
         if self.kind == "qwen3_vl":  # learned positions, taken from the encoder's own first block on this image alone
             entered: list[Tensor] = []
@@ -151,8 +150,6 @@ class Written:
         weights = (q @ k.transpose(1, 2) * q.shape[2] ** -0.5).masked_fill(~visible, -math.inf).softmax(-1)
         self.x = self.x + block.attn.proj((weights @ v).transpose(0, 1).flatten(1))
         self.x = self.x + block.mlp(block.norm2(self.x))
-        if self.kind == "qwen3_vl" and number in (1, 3):
-            self.take_deep = len(self.deep)
         return Seen(q, k, v, visible)
 
     def cut(self, kept: Sequence[int]) -> None:
@@ -242,11 +239,9 @@ def test_signals_are_those_of_the_blocks_after_a_cut(model):
         found.append([tokens.signal(signal) for signal in signals])
         return tokens.valid
 
-    cuts = (vit_after(1), Select(HALF, Selector(first), exact=False)), (
-        vit_after(4),
-        Select(HALF, Selector(look, tuple(signals)), exact=False),
-    )
-    with torch.no_grad(), attach(model, cuts):
+    early = (vit_after(1), Select(HALF, Selector(first), exact=False))
+    late = (vit_after(4), Select(HALF, Selector(look, tuple(signals)), exact=False))
+    with torch.no_grad(), attach(model, (early, late)):
         pictures = model.encode(inputs_of(model))
         for image, picture in enumerate(pictures):
             written, expected = Written(model, image), {}
@@ -256,9 +251,7 @@ def test_signals_are_those_of_the_blocks_after_a_cut(model):
                 if number == 1:
                     cols = GRIDS[image][1]
                     places = [(g // cols, g % cols) for g in written.left]
-                    written.cut(
-                        [n for n, (r, c) in enumerate(places) if (c > 2 or (r + c) % 2 == 0) and r < 7]
-                    )
+                    written.cut([n for n, (r, c) in enumerate(places) if (c > 2 or (r + c) % 2 == 0) and r < 7])
             torch.testing.assert_close(
                 picture.features[written.left], written.tower.merger(written.x), rtol=0, atol=1e-9
             )
@@ -301,10 +294,9 @@ def test_exactly_the_budget_and_the_same_alone_as_in_a_batch(model, method):
             assert [len(kept_places(together, n)) for n in range(3)] == wanted
         for row, images in ((0, (0,)), (2, (1, 2))):
             alone, one = model.prefill(inputs_of(model, [ROWS[row]], images))
-            visual = one.run.last.visual[0]
-            kept = [(int(r), int(c)) for r, c in zip(one.run.last.row[0][visual], one.run.last.col[0][visual])]
-            mine = together.visual[row]
-            assert kept == [(int(r), int(c)) for r, c in zip(together.row[row][mine], together.col[row][mine])]
+            own, visual, mine = one.run.last, one.run.last.visual[0], together.visual[row]
+            assert torch.equal(own.row[0][visual], together.row[row][mine])
+            assert torch.equal(own.col[0][visual], together.col[row][mine])
             torch.testing.assert_close(alone[0], last[row], rtol=0, atol=1e-8)
             step = model.step(one, torch.tensor([5 + row]))
             torch.testing.assert_close(step[0], after[row], rtol=0, atol=1e-8)
@@ -419,9 +411,9 @@ def test_what_cannot_be_is_refused(model, monkeypatch):
         assert expected in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(ModelError, match="this vision encoder has no class token; set attention: received"):
         Visionzip(HALF).program(facts)
-    with pytest.raises(ModelError, match="vti.alpha_image: this vision encoder packs images of many sizes"):
+    with pytest.raises(ModelError, match=r"vti.alpha_image: this vision encoder packs images of many sizes"):
         Vti(alpha_text=0.0).program(facts)
-    with pytest.raises(ModelError, match="cdpruner: relevance: .*; this vision encoder hands over groups of patches"):
+    with pytest.raises(ModelError, match=r"cdpruner: relevance: .*; this vision encoder hands over groups of patches"):
         clip_relevance(facts, "nothing", "cdpruner")
     weighed = ((vit_after(0), Select(HALF, even_stride(), weigh=True)),)
     with pytest.raises(ModelError, match=r"vit.after\[0\]: attention of packed pictures cannot weigh"):
@@ -429,9 +421,9 @@ def test_what_cannot_be_is_refused(model, monkeypatch):
     inputs = inputs_of(model, ["#"], [0])
     frames = inputs._replace(media={**inputs.media, "image_grid_thw": torch.tensor([[2, 10, 8]])})
     program = Flowcut(HALF, position="keep").program(facts)
-    with attach(model, program), pytest.raises(ModelError, match="expected images of one frame .*; found 2 frames"):
+    with attach(model, program), pytest.raises(ModelError, match=r"expected images of one frame .*; found 2 frames"):
         model.encode(frames)
     monkeypatch.setattr(model.model.model.visual.config, "_attn_implementation", "eager")
-    with attach(model, program), pytest.raises(ModelError, match="for 160 patches; found 0 .attention implementation"):
+    with attach(model, program), pytest.raises(ModelError, match=r"for 160 patches; found 0 .attention implementation"):
         model.encode(inputs)
     assert not any(m._forward_pre_hooks for m in model.model.model.visual.modules())
