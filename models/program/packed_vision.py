@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vlm.models.errors import ModelError
 from vlm.models.program.program import Program
+from vlm.models.program.reduce import Reduced
 from vlm.models.program.signals import Attention, PatchAttention, Signal
 from vlm.models.program.vision import Around, Encoding, VisionEngine, Watch
 
@@ -40,6 +41,7 @@ class PackedEncoding(Encoding):
     ) -> None:
         super().__init__(seed, torch.arange(len(seed), device=seed.device), real, columns)
         self.valid, self.order, self.unit = real, order, unit
+        self._found: tuple[Tensor, Tensor, Tensor] | None = None  # the row, until the next cut
 
     @classmethod
     def of_grids(
@@ -57,11 +59,18 @@ class PackedEncoding(Encoding):
     def _row(self) -> tuple[Int[Tensor, " left"], Int[Tensor, " left"], Int[Tensor, "images tokens"]]:
         """The row as it is now: the number that each of its groups had before any cut, which of all images' tokens it
         is, and where in it each token stands (padding after its end)."""
+        if self._found is not None:
+            return self._found
         last = torch.iinfo(torch.long).max
         number = self.order.gather(1, self.place).masked_fill(~self.valid, last).flatten()
         token = number.argsort(stable=True)
         left = token[: int(self.valid.sum())]
-        return number[left], left, token.argsort().view_as(self.place)
+        self._found = number[left], left, token.argsort().view_as(self.place)
+        return self._found
+
+    def take(self, reduced: Reduced) -> None:
+        super().take(reduced)
+        self._found = None
 
     def unpack(self, x: Float[Tensor, "patches width"]) -> Float[Tensor, "images tokens group_width"]:
         groups = x.reshape(-1, self.unit * x.shape[1])

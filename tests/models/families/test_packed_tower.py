@@ -348,6 +348,8 @@ def test_a_cut_at_the_output_leaves_what_the_merger_makes_of_it(model):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointed_blocks_repeat_their_cuts(model, reentrant):
+    if reentrant and model.family.deep:
+        pytest.skip("older versions of Transformers cannot checkpoint a bare Qwen3-VL this way")
     inputs = inputs_of(model)
     weights = torch.ones(inputs.tokens.shape, dtype=torch.float64) * inputs.valid
     model.train()
