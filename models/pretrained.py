@@ -22,7 +22,7 @@ from vlm.models.program.perturb import edited, insertion
 from vlm.models.program.run import Run
 from vlm.models.program.signals import Vision
 from vlm.models.roles import ROLES
-from vlm.models.tower import Tower
+from vlm.models.tower import PackedTower, Tower
 
 
 class PretrainedInputs(NamedTuple):
@@ -129,7 +129,7 @@ class PretrainedVlm(BaseVlm):
         return [f"model.{place}" for place in self.family.idle]
 
     @property
-    def vision(self) -> Tower | None:
+    def vision(self) -> Tower | PackedTower | None:
         """The vision encoder where programs can see it."""
         return self.family.tower
 
@@ -186,7 +186,7 @@ class PretrainedVlm(BaseVlm):
         self, inputs: PretrainedInputs
     ) -> tuple[Float[Tensor, "batch visual width"], Bool[Tensor, "batch visual"]]:
         tower, count = self.family.tower, inputs.visual.sum(1).tolist()
-        if tower is None:
+        if not isinstance(tower, Tower):
             return super().patch_features(inputs)
         if "pixel_values" not in inputs.media:
             return torch.zeros(len(count), 0, 1, device=inputs.tokens.device), inputs.visual[:, :0]

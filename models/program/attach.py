@@ -113,8 +113,9 @@ class Engine:
         renewed = [op for _, op in program if isinstance(op, Tap | Control)]
         self.renewed = {s for op in renewed for s in needs_of(op, layers)}
         self.lasting = self.renewed | {s for _, op in program if isinstance(op, Inside) for s in op.needs}
-        vision = getattr(model, "vision", None)
-        self.vision = None if vision is None else VisionEngine(vision, program, layers, impl)
+        vision: Any = getattr(model, "vision", None)
+        lowered: Any = getattr(vision, "engine", VisionEngine)  # an encoder that packs its pictures has its own
+        self.vision: VisionEngine | None = None if vision is None else lowered(vision, program, layers, impl)
 
     @property
     def first_hooked(self) -> int:

@@ -152,11 +152,15 @@ class VisionEngine:
         handles = [whole.register_forward_hook(self._after, always_call=True)]
         for number, block in enumerate(self.encoder.blocks):
             if self.cuts or number in self.needs:
-                watch = _Around(self, number, block)
+                watch = self.watcher(number, block)
                 handles.append(block.register_forward_pre_hook(watch.enter, with_kwargs=True))
                 # before the hooks by which Transformers collects hidden states, so that those are cut too
                 handles.append(block.register_forward_hook(watch.leave, prepend=True, always_call=True))
         return handles
+
+    def watcher(self, number: int, block: nn.Module) -> "Around":
+        """The hooks of a block."""
+        return Around(self, number, block)
 
     def begin(
         self,
@@ -175,11 +179,16 @@ class VisionEngine:
         rows, columns = self.encoder.grid
         image = torch.arange(len(seed), device=seed.device) if image is None else image
         real = torch.ones(len(seed), rows * columns, dtype=torch.bool, device=seed.device) if real is None else real
-        self.now = Encoding(seed, image, real, columns if own_columns is None else own_columns)
+        now = Encoding(seed, image, real, columns if own_columns is None else own_columns)
         if own_columns is not None:
-            self.now.valid, self.now.cut = real, not bool(real.all())
+            now.valid, now.cut = real, not bool(real.all())
+        self.start(now, shown)
+
+    def start(self, now: Encoding, shown: Callable[[], Float[Tensor, "views patches"]] | None = None) -> None:
+        """A pass of which that is known begins."""
+        self.now = now
         for signal in self.given:
-            self.now.signals[signal] = self._enter(signal, self.now.valid, shown)
+            now.signals[signal] = self._enter(signal, now.valid, shown)
 
     def _enter(self, signal: Signal, valid: Tensor, shown: Callable[[], Tensor] | None) -> Tensor:
         """A signal that is known before the pass."""
@@ -205,7 +214,7 @@ class VisionEngine:
 
     # called by the hooks of every block
 
-    def begin_block(self, number: int, x: Float[Tensor, "images tokens width"]) -> None:
+    def begin_block(self, number: int, x: Float[Tensor, "*rows width"]) -> None:
         """Remember what is known as a block begins, or recall it when the block is run again in the backward pass."""
         if not self.cuts:
             return
@@ -253,18 +262,27 @@ class VisionEngine:
             bias = bias + size.to(torch.promote_types(like.dtype, torch.float32)).log().to(like.dtype)
         return bias[:, None, None] if bool((bias != 0).any()) else None
 
-    def reduce(self, site: str, x: Float[Tensor, "images tokens width"]) -> Float[Tensor, "images fewer width"]:
+    def reduce(self, site: str, x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*fewer width"]:
         """Make the cut at ``site`` of a tensor with prefix tokens."""
-        op, now, prefix = self.cuts.get(site), self.now, self.encoder.prefix
+        op, now = self.cuts.get(site), self.now
         if op is None or now is None:
             return x
-        choice = self._choose(site, op, now, x[:, prefix:])
+        patches = self.patches(now, x)
+        choice = self._choose(site, op, now, patches)
         if choice is None:
             return x
-        reduced = _reduce(op, now.tokens(x[:, prefix:]), choice)
+        reduced = _reduce(op, now.tokens(patches), choice)
         now.weigh = now.weigh or op.weigh
         now.take(reduced)
-        return torch.cat([x[:, :prefix], reduced.features.to(x.dtype)], 1)
+        return self.put_back(now, reduced.features.to(x.dtype), x)
+
+    def patches(self, now: Encoding, x: Tensor) -> Float[Tensor, "images patches width"]:
+        """What may be cut of what leaves a block."""
+        return x[:, self.encoder.prefix :]
+
+    def put_back(self, now: Encoding, left: Float[Tensor, "images fewer width"], x: Tensor) -> Tensor:
+        """What goes on after a cut of ``x``."""
+        return torch.cat([x[:, : self.encoder.prefix], left], 1)
 
     def _choose(self, site: str, op: Select, now: Encoding, x: Tensor) -> Cut | None:
         """Choose once; None when all stay, so that a full budget changes nothing, to the bit."""
@@ -282,14 +300,14 @@ class VisionEngine:
         return F.pad(valid, (self.encoder.prefix, 0), value=True)
 
 
-class _Around:
+class Around:
     """Hooks around one block: a mode that sees its attention, a cut of what leaves it or enters its MLP."""
 
     def __init__(self, engine: VisionEngine, number: int, block: nn.Module) -> None:
         self.engine, self.number = engine, number
         # Transformers' layers take a mask and hand it to attention, also where they are run again without hooks.
         self.takes_mask = "attention_mask" in inspect.signature(block.forward).parameters
-        self.modes: list[_Watch] = []
+        self.modes: list[Watch] = []
         self.undo: list[Callable[[], None]] = []
 
     def enter(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -299,7 +317,7 @@ class _Around:
             args, kwargs = _without_mask(args, kwargs)  # it is of the patches before any cut; the bias is of those left
         if bias is not None and self.takes_mask:
             args, kwargs = _mask_keys(args, kwargs, bias)
-        mode = _Watch(lambda *call: self.engine.read(self.number, *call), None if self.takes_mask else bias)
+        mode = Watch(lambda *call: self.engine.read(self.number, *call), None if self.takes_mask else bias)
         mode.__enter__()
         self.modes.append(mode)
         site = f"vit.mid[{self.number}]"
@@ -316,7 +334,7 @@ class _Around:
                 mode.__exit__(None, None, None)
             if output is None or mode is None or self.engine.now is None:
                 return None  # the block raised, or runs without the program
-            self._check_seen(block, mode)
+            self.look(block, mode)
             hidden = output[0] if isinstance(output, tuple) else output
             cut = self.engine.reduce(f"vit.after[{self.number}]", hidden)
             if cut is hidden:
@@ -325,7 +343,7 @@ class _Around:
         finally:
             self.engine.end_block()
 
-    def _check_seen(self, block: nn.Module, mode: "_Watch") -> None:
+    def look(self, block: nn.Module, mode: "Watch") -> None:
         """Refuse a block whose attention did not show: its signals would be missing, its padding would be seen."""
         if mode.calls != 1 and (self.number in self.engine.needs or mode.bias is not None):
             raise ModelError(
@@ -379,7 +397,7 @@ def _halves(block: nn.Module) -> tuple[nn.Module, nn.Module]:
     raise ModelError(f"vit.mid: expected blocks of attention, then norm and MLP; found {type(block).__name__}")
 
 
-class _Watch(TorchFunctionMode):
+class Watch(TorchFunctionMode):
     """Shows attention calls to ``see(q, k, v, scale)`` and adds ``bias`` to the logits of their keys."""
 
     def __init__(self, see: Callable[..., None], bias: Tensor | None) -> None:
