@@ -112,7 +112,8 @@ class PackedTower:
         self.depth: int = config.depth
         self.output = self.depth - 1
         self.merge: int = config.spatial_merge_size
-        width = getattr(config, "embed_dim", None) or config.hidden_size  # Qwen2-VL's hidden_size is the merger's output
+        # hidden_size is the width after the merger in Qwen2-VL
+        width = getattr(config, "embed_dim", None) or config.hidden_size
         self.dim, self.kind = width * self.merge**2, str(config.model_type)
         side = getattr(config, "window_size", None)
         self.window = None if side is None else side // self.merge // config.patch_size
