@@ -60,7 +60,8 @@ class Tower:
 
         def begin(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             pixels = args[0] if args else kwargs["pixel_values"]  # [N,3,H,W]
-            engine.begin(pixel_seed(pixels), *(views or ()))
+            each = torch.arange(len(pixels), device=pixels.device)
+            engine.begin(lambda: pixel_seed(pixels), *(views or (each,)))
 
         def finish(module: nn.Module, args: tuple) -> tuple | None:
             cut = engine.finish(args[0])

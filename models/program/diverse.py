@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vlm.models.program.segments import cosine, descending, numbers, places, ranks
+from vlm.models.program.segments import cosine, descending, marks, numbers, places, ranks, rows_at
 
 
 def max_min_order(
@@ -21,8 +21,9 @@ def max_min_order(
     nearest pick. Source: DivPrune (CVPR 2025), algorithm 1. O(tokens * picks).
     """
     distance = 1 - cosine(x, x)  # [S,P,P]
-    same = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
-    nearest = distance.masked_fill(same | ~valid[:, None, :], torch.inf).amin(2)  # to another token
+    others = distance.masked_fill(~valid[:, None, :], torch.inf)
+    others.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+    nearest = others.amin(2)  # to another token
     nearest = nearest.masked_fill(~valid, -torch.inf)
     order = []
     for step in range(picks):
@@ -46,24 +47,27 @@ def determinant_order(
     used up), the rest is picked by the kernel's diagonal. CDPruner's code goes on with rounding errors instead.
     Source: Chen et al. (NeurIPS 2018), algorithm 1, as in CDPruner (NeurIPS 2025), section 3.3.
     """
+    if not picks:
+        return kernel[:, :0, 0].long()
     quality = torch.diagonal(kernel, dim1=1, dim2=2)  # [S,P]
+    floor, nothing = least * quality, kernel.new_tensor(-torch.inf)
     gain = quality.masked_fill(~valid, -torch.inf)  # squared distance to the span of the picks
-    left = valid
-    rows = kernel.new_zeros(len(kernel), 0, kernel.shape[1])  # of the Cholesky factor, one for each pick
-    order = []
-    for _ in range(picks):
-        useful = left & (gain > least * quality)
-        best = torch.where(useful.any(1, keepdim=True), gain.masked_fill(~useful, -torch.inf), quality)
-        pick = best.masked_fill(~left, -torch.inf).argmax(1, keepdim=True)  # [S,1]
+    rows = kernel.new_zeros(len(kernel), picks, kernel.shape[1])  # of the Cholesky factor, one for each pick
+    segment = torch.arange(len(kernel), device=kernel.device)[:, None]
+    order, best = [], []
+    for step in range(picks):
+        most, pick = torch.where(gain > floor, gain, nothing).max(1, keepdim=True)  # [S,1]
         order.append(pick)
-        column = pick[:, None, :]
-        known = (rows.gather(2, column.expand(-1, rows.shape[1], -1)) * rows).sum(1)  # [S,P]
-        row = kernel.gather(1, column.transpose(1, 2).expand(-1, -1, kernel.shape[1])).squeeze(1) - known
-        row = torch.where(useful.gather(1, pick), row / gain.gather(1, pick).clamp_min(0).sqrt(), 0.0)
-        rows = torch.cat([rows, row[:, None]], 1)
-        left = left.scatter(1, pick, False)
-        gain = gain - row.square()
-    return torch.cat(order, 1) if order else rows[:, :0, 0].long()
+        best.append(most)
+        so_far = rows[:, :step]
+        known = so_far.transpose(1, 2)[segment, pick] @ so_far  # [S,1,P]
+        row = ((kernel[segment, pick] - known) / most[..., None].sqrt()).squeeze(1)  # no number once nothing is useful
+        rows[:, step] = row
+        gain = torch.addcmul(gain, row, row, value=-1).scatter_(1, pick, -torch.inf)
+    found, useful = torch.cat(order, 1), (torch.cat(best, 1) > 0).sum(1)
+    rest = descending(quality, valid & ~marks(found, valid, useful))[:, :picks]
+    behind = torch.arange(picks, device=kernel.device) - useful[:, None]
+    return torch.where(behind < 0, found, rest.gather(1, behind.clamp(0, rest.shape[1] - 1)))
 
 
 def walk(
@@ -114,24 +118,50 @@ def without_twins(
     next round. Source: VisPruner (ICCV 2025), section 3.3 and official code (which stops with an error where the list
     is odd; here the halves may differ by one).
     """
-    order, length = descending(score, valid), valid.sum(1)  # the list of each segment: order[:, :length]
-    place = torch.arange(x.shape[1], device=x.device)
+    order, x = descending(score, valid), x.masked_fill(~valid[..., None], 0)
     similarity = cosine(x, x)
-    while bool((length > count).any()):
-        there = place < length[:, None]
-        pairs = similarity.gather(1, order[..., None].expand(-1, -1, x.shape[1]))
-        pairs = pairs.gather(2, order[:, None].expand(-1, x.shape[1], -1))  # [S,P,P], in the order of the list
-        partner = there & (place % 2 == 1)
-        alike = pairs.masked_fill(~partner[:, None], -torch.inf).amax(2)
-        first = there & (place % 2 == 0)
-        gone = (length - count).clamp(min=0).clamp_max(at_once).minimum(first.sum(1))[:, None]
-        rank = ranks(alike, first)
-        key = torch.where(first, rank, x.shape[1] + place)  # first half by likeness, then the second in its order
-        key = torch.where(first & (rank < gone), 3 * x.shape[1], key).masked_fill(~there, 4 * x.shape[1])
-        key = torch.where(gone > 0, key, place)  # a list that is short enough keeps its order
-        order = order.gather(1, key.argsort(dim=1, stable=True))
-        length = length - gone[:, 0]
-    return torch.zeros_like(valid).scatter(1, order, place < length[:, None])
+    length, most = valid.sum(1).tolist(), count.tolist()  # the list of each segment: order[:, :length]
+    while any(n > m for n, m in zip(length, most, strict=True)):
+        order = order[:, : max(length)]
+        gone = [max(0, min(n - m, at_once, (n + 1) // 2)) for n, m in zip(length, most, strict=True)]
+        if len(set(length)) > 1 or len(set(gone)) > 1:
+            order = _next_round(order, similarity, order.new_tensor(length)[:, None], order.new_tensor(gone)[:, None])
+        else:  # no list has padding
+            first, second = order[:, ::2], order[:, 1::2]
+            rest = _to_any(similarity, first, second).argsort(dim=1, descending=True, stable=True)[:, gone[0] :]
+            order = torch.cat([first.gather(1, rest), second], 1)
+        length = [n - g for n, g in zip(length, gone, strict=True)]
+    return marks(order, valid, order.new_tensor(length))
+
+
+def _next_round(
+    order: Int[Tensor, "segments places"],
+    similarity: Float[Tensor, "segments tokens tokens"],
+    length: Int[Tensor, "segments 1"],
+    gone: Int[Tensor, "segments 1"],
+) -> Int[Tensor, "segments places"]:
+    """The lists of :func:`without_twins` after a round where they have lengths of their own; one that loses nothing
+    stays as it is."""
+    place = torch.arange(order.shape[1], device=order.device)
+    there, half = place < length, (order.shape[1] + 1) // 2
+    first, second = order[:, ::2], order[:, 1::2]
+    alike = _to_any(similarity, first, second.masked_fill(~there[:, 1::2], similarity.shape[2]))
+    best = alike.masked_fill(~there[:, ::2], -torch.inf).argsort(dim=1, descending=True, stable=True)
+    both = torch.cat([first.gather(1, best), second], 1)
+    left = (length + 1) // 2 - gone  # of the first half
+    source = torch.where(place < left, place + gone, half + place - left).clamp_max(order.shape[1] - 1)
+    return torch.where(gone > 0, both.gather(1, source), order)
+
+
+def _to_any(
+    similarity: Float[Tensor, "segments tokens tokens"],
+    first: Int[Tensor, "segments first"],
+    second: Int[Tensor, "segments second"],
+) -> Float[Tensor, "segments first"]:
+    """The largest similarity of each of the first to any of the second; one beyond the tokens is none."""
+    tokens = similarity.shape[2]
+    hidden = similarity.new_full((len(first), tokens + 1), -torch.inf).scatter_(1, second, 0.0)[:, :tokens]
+    return rows_at(similarity, first).add_(hidden[:, None]).amax(2)
 
 
 def important_and_different(

@@ -11,6 +11,7 @@ from torch import Tensor
 from vlm.models.errors import ModelError
 from vlm.models.program.cache import Held
 from vlm.models.program.layout import Layout, Side
+from vlm.models.program.segments import rows_at
 from vlm.models.program.signals import Signal
 
 
@@ -26,7 +27,7 @@ class Kept(NamedTuple):
     merged: Bool[Tensor, "batch kept"] | None = None
 
     def apply(self, hidden: Float[Tensor, "batch length width"]) -> Float[Tensor, "batch kept width"]:
-        out = hidden.gather(1, self.place[..., None].expand(-1, -1, hidden.shape[2]))
+        out = rows_at(hidden, self.place)
         if self.merge is None or self.merged is None:
             return out
         return torch.where(self.merged[..., None], self.merge(hidden).to(out.dtype), out)
@@ -36,8 +37,8 @@ class Run:
     """The layouts and signals of one stream: made for a prompt, extended with every generated token.
 
     layouts: first layer -> layout of the sequence from that layer on; a cut adds one. kept: layer -> what its cut kept,
-    None if all. prompt: whether the pass under way is the prompt's; step: tokens generated so far. seed: an integer of
-    each image's pixels. asks: places in the uncut sequence whose rows ask for what follows (see
+    None if all. prompt: whether the pass under way is the prompt's; step: tokens generated so far. seed: gives an
+    integer of each image's pixels. asks: places in the uncut sequence whose rows ask for what follows (see
     :class:`~vlm.models.program.signals.Received`), None for a prompt. total: visual tokens of each sample before any
     cut. deep: features [batch, length, width] that a model adds after its first decoder layers, one tensor each, at
     the places of the sequence as the data layer made it (``Layout.source``). held: layer -> what its cache holds, for
@@ -49,7 +50,7 @@ class Run:
     grows; other rows begin without.
     """
 
-    def __init__(self, layout: Layout, side: Side, seed: Int[Tensor, " images"]) -> None:
+    def __init__(self, layout: Layout, side: Side, seed: Callable[[], Int[Tensor, " images"]]) -> None:
         self.layouts: dict[int, Layout] = {0: layout}
         self.side: Side = side
         self.seed = seed
@@ -182,7 +183,7 @@ class Run:
         """One integer per sample from the pixels of its images, whatever else is in the batch."""
         batch = layout.image.shape[0]
         total = torch.zeros(batch, dtype=torch.long, device=layout.image.device)
-        for image, seed in enumerate(self.seed.tolist()):
+        for image, seed in enumerate(self.seed().tolist()):
             owners = (layout.image == image).any(1)
             total = total + owners * (seed % 2**40)
         return total

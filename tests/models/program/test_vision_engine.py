@@ -117,7 +117,8 @@ def under(encoder: Any, program: Program) -> Iterator[VisionEngine]:
 
 
 def encode(engine: VisionEngine, images: Tensor) -> tuple[Tensor, Reduced | None]:
-    engine.begin(torch.arange(len(images)))
+    each = torch.arange(len(images))
+    engine.begin(lambda: each, each)
     tokens = engine.encoder(images).tokens
     return tokens, engine.finish(tokens)
 
@@ -388,7 +389,7 @@ def test_padding_of_a_view_is_seen_but_never_kept(make):
 
     program: Program = ((VIT_OUT, Select(Budget.parse("50%"), Selector(choose, (PatchAttention(0, "class"),)))),)
     with under(encoder, program) as engine:
-        engine.begin(torch.arange(3), torch.tensor([0, 1, 1]), real)
+        engine.begin(lambda: torch.arange(3), torch.tensor([0, 1, 1]), real)
         cut = engine.finish(engine.encoder(images).tokens)
     [tokens] = seen
     assert torch.equal(tokens.valid, real) and tokens.total.tolist() == [16, 16, 8]
@@ -408,7 +409,7 @@ def test_views_of_one_image_share_its_budget(make):
     encoder, real = make("timm"), torch.ones(3, 16, dtype=torch.bool)
     real[2, 8:] = False
     with under(encoder, ((VIT_OUT, Select(Budget(tokens=6), Selector(choose))),)) as engine:
-        engine.begin(torch.arange(3), torch.tensor([0, 1, 1]), real)
+        engine.begin(lambda: torch.arange(3), torch.tensor([0, 1, 1]), real)
         engine.finish(engine.encoder(pictures(3)).tokens)
     assert counts == [[6, 4, 2]]
 
