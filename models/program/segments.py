@@ -62,7 +62,7 @@ def members(
     spare = groups * most
     index = torch.zeros(len(own), spare + 1, dtype=torch.long, device=own.device)
     index.scatter_(1, torch.where(own < groups, own * most + within, spare), order)
-    return index[:, :spare].view(-1, groups, most), torch.arange(most, device=own.device) < size[..., None]
+    return index[:, :spare].view(len(own), groups, most), torch.arange(most, device=own.device) < size[..., None]
 
 
 def cosine(

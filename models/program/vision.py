@@ -34,7 +34,7 @@ from vlm.models.program.segments import places, rows_at
 from vlm.models.program.signals import Attention, Signal
 
 # Where a block's second half begins, and what it consists of: timm, Transformers' CLIP and SigLIP, its DINOv2.
-_HALVES = (("attn", "norm2"), ("self_attn", "layer_norm2"), ("attention", "norm2"))
+_HALVES = (("norm1", "attn", "norm2"), ("layer_norm1", "self_attn", "layer_norm2"), ("norm1", "attention", "norm2"))
 
 
 class Cut(NamedTuple):
@@ -341,7 +341,7 @@ class _Around:
 
     def _first_half(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """Run the block up to its MLP, and leave it the MLP alone to do: its attention gives zeros."""
-        attention, norm = _halves(block)
+        first, attention, norm = _halves(block)
         caught: list[Tensor] = []
 
         def stop(module: nn.Module, args: tuple) -> None:
@@ -361,6 +361,7 @@ class _Around:
             (torch.zeros_like(hidden_states), None) if returns_pair else torch.zeros_like(hidden_states)
         )
         self._set(attention, "forward", zeros)
+        self._set(first, "forward", lambda hidden_states: hidden_states)  # nobody reads it any more
         return caught[0]
 
     def _set(self, module: nn.Module, name: str, value: Any) -> None:
@@ -375,11 +376,13 @@ class _HalfWay(Exception):
     """Raised to leave a block at its MLP."""
 
 
-def _halves(block: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """A block's attention and the norm before its MLP. Raises ModelError for a block that is built otherwise."""
-    for attention, norm in _HALVES:
-        if hasattr(block, attention) and hasattr(block, norm) and type(block).__name__ != "ResPostBlock":
-            return getattr(block, attention), getattr(block, norm)
+def _halves(block: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """A block's first norm, its attention and the norm before its MLP. Raises ModelError for a block that is built
+    otherwise."""
+    for names in _HALVES:
+        if all(hasattr(block, name) for name in names) and type(block).__name__ != "ResPostBlock":
+            first, attention, norm = (getattr(block, name) for name in names)
+            return first, attention, norm
     raise ModelError(f"vit.mid: expected blocks of attention, then norm and MLP; found {type(block).__name__}")
 
 

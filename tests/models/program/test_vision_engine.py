@@ -399,6 +399,27 @@ def test_padding_of_a_view_is_seen_but_never_kept(make):
     assert cut is not None and cut.valid.sum(1).tolist() == [8, 8, 4]
 
 
+def test_only_signals_that_a_later_cut_reads_go_along(make):
+    early, late = PatchAttention(0, "class"), PatchAttention(1, "class")
+    seen: list[list[Signal]] = []
+
+    def cut_to(keep: int, *needs: Signal) -> Select:
+        def choose(tokens: Tokens, count: Tensor) -> Tensor:
+            assert all(tokens.signal(signal).shape[-1] == tokens.x.shape[1] for signal in needs)
+            return tokens.valid & (tokens.valid.cumsum(1) <= count[:, None])
+
+        return Select(Budget(tokens=keep), Selector(choose, needs))
+
+    program: Program = ((vit_after(0), cut_to(8, early)), (vit_after(1), cut_to(4, early, late)))
+    encoder = make("timm")
+    with under(encoder, program) as engine:
+        watch = lambda module, args: seen.append(sorted(engine.now.signals, key=repr))  # noqa: E731
+        for number in (1, 2):
+            encoder.blocks[number].register_forward_pre_hook(watch)
+        encode(engine, pictures())
+    assert seen == [[early], []]
+
+
 def test_views_of_one_image_share_its_budget(make):
     counts: list[list[int]] = []
 
