@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -233,7 +233,8 @@ class PretrainedVlm(BaseVlm):
             embeds = embeds.masked_scatter(inputs.visual[..., None], features)
         elif self.training and any(p.requires_grad for role in ROLES[:2] for p in self.parts[role].parameters()):
             embeds = embeds + self._blank(embeds)
-        seed = torch.cat([pixel_seed(picture.pixels[None]) for picture in pictures] or [inputs.tokens.new_empty(0)])
+        pixels, none = [picture.pixels[None] for picture in pictures], inputs.tokens.new_empty(0)
+        seed = cache(lambda: torch.cat([none, *map(pixel_seed, pixels)]))
         layout, side = self._layout(inputs, pictures), side or ("left" if padded_left else "right")
         total = layout.visual.sum(1)
         if pictures and pictures[0].kept is not None:

@@ -64,8 +64,8 @@ class Tower:
 
         def begin(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             pixels = args[0] if args else kwargs["pixel_values"]  # [N,3,H,W]
-            image, real = views or (None, None)
-            engine.begin(pixel_seed(pixels), image, real)
+            image, real = views or (torch.arange(len(pixels), device=pixels.device), None)
+            engine.begin(lambda: pixel_seed(pixels), image, real)
 
         def finish(module: nn.Module, args: tuple) -> tuple | None:
             cut = engine.finish(args[0])
@@ -168,9 +168,14 @@ class PackedTower:
         if video := [size for size in sizes if size[0] != 1]:
             raise ModelError(f"vit: expected images of one frame to cut in the encoder; found {video[0][0]} frames")
         parts = pixels.split([rows * cols for _, rows, cols in sizes])
-        seed = torch.cat([pixel_seed(part[None]) for part in parts])
         shapes = [(rows // self.merge, cols // self.merge) for _, rows, cols in sizes]
-        return PackedEncoding.of_grids(seed, shapes, self.window, self.merge**2)
+        return PackedEncoding.of_grids(
+            lambda: torch.cat([pixel_seed(part[None]) for part in parts]),
+            shapes,
+            self.window,
+            self.merge**2,
+            pixels.device,
+        )
 
 
 def has_class_token(config: Any) -> bool:

@@ -1,6 +1,7 @@
 """Prefill time under every pruner against the unpruned model, at LLaVA-1.5's counts: 576 visual + 64 text, batch 1.
 
-    python tools/bench_prefill.py [--shape narrow --repeats 7 --device auto --threads 2 --pruners fastv,sgl]
+    python tools/bench_prefill.py [--shape narrow --repeats 7 --device auto --threads 2]
+    python tools/bench_prefill.py --pruners fastv,tome --out fastv_tome.md   # the page without --out has them all
     python tools/bench_prefill.py --shape llava-1.5-7b --device cuda
 
 Weights, pixels and text are random, so nothing is downloaded; the vision transformer has a class token, a grid of
@@ -293,7 +294,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
-    parser.add_argument("--pruners", default=",".join(names("prune")), help="those of the table, with commas between")
+    parser.add_argument("--pruners", help="only these, by name with commas between; all of the folder by default")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the table, as Markdown")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -308,7 +309,10 @@ def main() -> None:
     model = build((encoder, decoder), device)
     inputs = prompt(TEXT, device, SIDE)
     inputs = inputs._replace(images=inputs.images.to(next(model.parameters()).dtype))
-    chosen, refused = settings(model, inputs, (encoder, decoder), arguments.pruners.split(","))
+    pruners = names("prune") if arguments.pruners is None else arguments.pruners.split(",")
+    if unknown := sorted(set(pruners) - set(names("prune"))):
+        parser.error(f"--pruners: expected some of {', '.join(names('prune'))}; found {', '.join(unknown)}")
+    chosen, refused = settings(model, inputs, (encoder, decoder), pruners)
     times = measure(model, inputs, chosen, arguments.repeats)
     text = "\n".join([*head(arguments, device, model, (encoder, decoder)), *table(chosen, times, refused)]) + "\n"
     arguments.out.parent.mkdir(exist_ok=True)

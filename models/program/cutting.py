@@ -32,7 +32,7 @@ def tokens_of(hidden: Tensor, layout: Layout, place: Tensor, valid: Tensor, run:
     return Tokens(
         rows_at(hidden, place),
         valid,
-        run.segment_seed(layout),
+        lambda: run.segment_seed(layout),
         at(place),
         run.total,
         _count_images(layout),

@@ -21,8 +21,9 @@ def max_min_order(
     nearest pick. Source: DivPrune (CVPR 2025), algorithm 1. O(tokens * picks).
     """
     distance = 1 - cosine(x, x)  # [S,P,P]
-    same = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
-    nearest = distance.masked_fill(same | ~valid[:, None, :], torch.inf).amin(2)  # to another token
+    others = distance.masked_fill(~valid[:, None, :], torch.inf)
+    others.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+    nearest = others.amin(2)  # to another token
     nearest = nearest.masked_fill(~valid, -torch.inf)
     order = []
     for step in range(picks):
@@ -46,6 +47,8 @@ def determinant_order(
     used up), the rest is picked by the kernel's diagonal. CDPruner's code goes on with rounding errors instead.
     Source: Chen et al. (NeurIPS 2018), algorithm 1, as in CDPruner (NeurIPS 2025), section 3.3.
     """
+    if not picks:
+        return kernel[:, :0, 0].long()
     quality = torch.diagonal(kernel, dim1=1, dim2=2)  # [S,P]
     # squared distance to the span of the picks; -inf for what cannot be picked
     gain, floor = quality.masked_fill(~valid, -torch.inf), least * quality

@@ -9,7 +9,7 @@ its signals the mean of its patches'. They are read over the whole image, also i
 only what patches get from all others (``PatchAttention(who="all")``) is read where they attend, inside the windows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,19 +33,24 @@ class PackedEncoding(Encoding):
 
     def __init__(
         self,
-        seed: Int[Tensor, " images"],
+        seed: Callable[[], Int[Tensor, " images"]],
         real: Bool[Tensor, "images tokens"],
         columns: Int[Tensor, "images 1"],
         order: Int[Tensor, "images tokens"],
         unit: int,
     ) -> None:
-        super().__init__(seed, torch.arange(len(seed), device=seed.device), real, columns)
+        super().__init__(seed, torch.arange(len(real), device=real.device), real, columns)
         self.valid, self.order, self.unit = real, order, unit
         self._found: tuple[Tensor, Tensor, Tensor] | None = None  # the row, until the next cut
 
     @classmethod
     def of_grids(
-        cls, seed: Int[Tensor, " images"], shapes: Sequence[tuple[int, int]], window: int | None, unit: int
+        cls,
+        seed: Callable[[], Int[Tensor, " images"]],
+        shapes: Sequence[tuple[int, int]],
+        window: int | None,
+        unit: int,
+        device: torch.device,
     ) -> "PackedEncoding":
         """Images of ``shapes`` (rows, columns) of groups, one after the other in the row. With ``window`` each stands
         there window after window of that side."""
@@ -53,8 +58,8 @@ class PackedEncoding(Encoding):
         for rows, cols in shapes:
             orders.append(start + _place_in_row(rows, cols, window))
             start += rows * cols
-        order = pad_sequence(orders, batch_first=True, padding_value=-1).to(seed.device)
-        return cls(seed, order >= 0, seed.new_tensor([[cols] for _, cols in shapes]), order, unit)
+        order = pad_sequence(orders, batch_first=True, padding_value=-1).to(device)
+        return cls(seed, order >= 0, order.new_tensor([[cols] for _, cols in shapes]), order, unit)
 
     def _row(self) -> tuple[Int[Tensor, " left"], Int[Tensor, " left"], Int[Tensor, "images tokens"]]:
         """The row as it is now: the number that each of its groups had before any cut, which of all images' tokens it
@@ -68,8 +73,8 @@ class PackedEncoding(Encoding):
         self._found = number[left], left, token.argsort().view_as(self.place)
         return self._found
 
-    def take(self, reduced: Reduced) -> None:
-        super().take(reduced)
+    def take(self, reduced: Reduced, needed: Collection[Signal] = ()) -> None:
+        super().take(reduced, needed)
         self._found = None
 
     def unpack(self, x: Float[Tensor, "patches width"]) -> Float[Tensor, "images tokens group_width"]:
@@ -186,8 +191,8 @@ class _AroundPacked(Around):
         self.calls: list[Call] = []
         watched = now is not None and self.number in self.engine.needs
         mode = Watch(lambda *call: self.calls.append(Call(*call)) if watched else None, None)
-        mode.__enter__()
         self.modes.append(mode)
+        mode.start()
         if now is None or not now.cut:
             return None
         if missing := {"cu_seqlens", "position_embeddings"} - kwargs.keys():

@@ -111,8 +111,7 @@ def add_weighted_neighbours(
     likeness = cosine(rows_at(key, place), key)  # [S,K,P]
     itself = place[..., None] == torch.arange(x.shape[1], device=x.device)
     candidate = valid[:, None] & ~itself & dropped.any(1)[:, None, None]
-    rank = ranks(likeness.flatten(0, 1), candidate.expand_as(likeness).flatten(0, 1)).unflatten(0, likeness.shape[:2])
-    near = (rank < neighbours) & candidate
+    near = _most_alike(likeness.masked_fill(~candidate, -torch.inf), neighbours) & candidate
     weight = weight.to(likeness.dtype)
     merged = Reduced(place, rows_at(x, place) + weighted_sums(near * weight[:, None], x, valid), there)
     share = (weight * dropped)[:, None]  # [S,1,P]
@@ -156,6 +155,16 @@ def clusters_of(
     """How many of ``dropped`` tokens :func:`add_clusters` recycles, and into how many clusters."""
     recycled = torch.where(dropped > 0, (dropped.double() * share + 1e-9).long() + 1, 0)
     return recycled, torch.where(dropped > 0, recycled // tokens_per_cluster + 1, 0)
+
+
+def _most_alike(likeness: Float[Tensor, "*rows tokens"], count: int) -> Bool[Tensor, "*rows tokens"]:
+    """The ``count`` largest of each row, the earlier of a tie: by the smallest that belongs to them, without a sort."""
+    count = min(count, likeness.shape[-1])
+    if not count:
+        return torch.zeros_like(likeness, dtype=torch.bool)
+    least = likeness.topk(count).values[..., -1:]
+    above, level = likeness > least, likeness == least
+    return above | (level & (level.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
 
 
 def _nearest(

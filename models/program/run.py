@@ -11,6 +11,7 @@ from torch import Tensor
 from vlm.models.errors import ModelError
 from vlm.models.program.cache import Held
 from vlm.models.program.layout import Layout, Side
+from vlm.models.program.segments import rows_at
 from vlm.models.program.signals import Signal
 
 
@@ -26,7 +27,7 @@ class Kept(NamedTuple):
     merged: Bool[Tensor, "batch kept"] | None = None
 
     def apply(self, hidden: Float[Tensor, "batch length width"]) -> Float[Tensor, "batch kept width"]:
-        out = hidden.gather(1, self.place[..., None].expand(-1, -1, hidden.shape[2]))
+        out = rows_at(hidden, self.place)
         if self.merge is None or self.merged is None:
             return out
         return torch.where(self.merged[..., None], self.merge(hidden).to(out.dtype), out)
@@ -36,8 +37,8 @@ class Run:
     """The layouts and signals of one stream: made for a prompt, extended with every generated token.
 
     layouts: first layer -> layout of the sequence from that layer on; a cut adds one. kept: layer -> what its cut kept,
-    None if all. prompt: whether the pass under way is the prompt's; step: tokens generated so far. seed: an integer of
-    each image's pixels. asks: places in the uncut sequence whose rows ask for what follows (see
+    None if all. prompt: whether the pass under way is the prompt's; step: tokens generated so far. seed: gives an
+    integer of each image's pixels. asks: places in the uncut sequence whose rows ask for what follows (see
     :class:`~vlm.models.program.signals.Received`), None for a prompt. total: visual tokens of each sample before any
     cut. deep: features [batch, length, width] that a model adds after its first decoder layers, one tensor each, at
     the places of the sequence as the data layer made it (``Layout.source``). held: layer -> what its cache holds, for
@@ -50,7 +51,7 @@ class Run:
     rotary: position embeddings of the pass, by the first layer of the stage and what else they depend on.
     """
 
-    def __init__(self, layout: Layout, side: Side, seed: Int[Tensor, " images"]) -> None:
+    def __init__(self, layout: Layout, side: Side, seed: Callable[[], Int[Tensor, " images"]]) -> None:
         self.layouts: dict[int, Layout] = {0: layout}
         self.side: Side = side
         self.seed = seed
@@ -186,8 +187,9 @@ class Run:
 
     def segment_seed(self, layout: Layout) -> Int[Tensor, " batch"]:
         """One integer per sample from the pixels of its images, whatever else is in the batch."""
-        shown = self.seed.new_zeros(len(layout.image), len(self.seed) + 1).scatter(1, layout.image + 1, 1)  # 0: text
-        return (shown[:, 1:] * (self.seed % 2**40)).sum(1)
+        seed = self.seed()
+        shown = seed.new_zeros(len(layout.image), len(seed) + 1).scatter(1, layout.image + 1, 1)  # 0: text
+        return (shown[:, 1:] * (seed % 2**40)).sum(1)
 
     def visual_tokens(self, layers: int) -> list[float]:
         """Mean number of visual tokens per sample in each decoder layer."""

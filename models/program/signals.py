@@ -15,9 +15,9 @@ from torch import Tensor
 from vlm.kernels.received import attention_rows, received_attention
 from vlm.kernels.visibility import Common
 from vlm.models.errors import ModelError
+from vlm.models.program import scores
 from vlm.models.program.kv_budget import Window
 from vlm.models.program.layout import Layout, compact
-from vlm.models.program.scores import flow, rated, rotary_decay, text_raters, value_similarity, value_strength
 from vlm.models.program.segments import rows_at, unit
 from vlm.models.program.shape import DecoderShape
 
@@ -30,7 +30,8 @@ class Attention(NamedTuple):
 
     layout: of the keys; None in a vision encoder. valid: which keys are real. prefix: keys before an encoder's patches
     (class token, registers). asks: keys whose rows ask for what follows, -1 where unused (see :class:`Received`).
-    signal: values over these keys of a signal that was read before. frequencies: of the rotary positions.
+    signal: values over these keys of a signal that was read before. frequencies: of the rotary positions. memo: what
+    signals of this call share.
     """
 
     q: Float[Tensor, "batch heads rows dim"]
@@ -44,6 +45,7 @@ class Attention(NamedTuple):
     prefix: int = 0
     signal: "Callable[[Signal], Tensor] | None" = None
     frequencies: Float[Tensor, " half"] | None = None
+    memo: dict[Any, Tensor] | None = None
 
     def received(
         self,
@@ -227,7 +229,7 @@ class Raters(Signal):
     def read_layout(self, hidden: Tensor, layout: Layout, asks: Int[Tensor, "batch asks"] | None) -> Tensor:
         asked = question(layout, asks)
         (seen, there), (words, real) = compact(layout.visual, "right"), compact(asked, "right")
-        chosen = text_raters(rows_at(hidden, seen), rows_at(hidden, words), there, real)
+        chosen = scores.text_raters(rows_at(hidden, seen), rows_at(hidden, words), there, real)
         last = torch.arange(words.shape[1], device=words.device) == real.sum(1, keepdim=True) - 1
         chosen = chosen | (last & ~chosen.any(1, keepdim=True))
         return torch.zeros_like(asked, dtype=torch.long).scatter_add(1, words, (chosen & real).long()) > 0
@@ -255,7 +257,7 @@ class Rated(Signal):
         by_row = attention_rows(seen.q, seen.k, rows - real * before, **seen.common)  # [B,H,R,K]
         if self.gravity:
             by_row = by_row / self._gravity(seen, seen.layout, index)[:, None]
-        return rated(by_row.masked_fill(~seen.layout.visual[:, None, None], 0), real, self.heads)
+        return scores.rated(by_row.masked_fill(~seen.layout.visual[:, None, None], 0), real, self.heads)
 
     def _gravity(self, seen: Attention, layout: Layout, rows: Tensor) -> Float[Tensor, "batch rows keys"]:
         if seen.frequencies is None or layout.axes is not None:
@@ -264,7 +266,7 @@ class Rated(Signal):
                 "language model does not have; use v1.5"
             )
         apart = (layout.position.gather(1, rows)[..., None] - layout.position[:, None]).abs()
-        return rotary_decay(apart, seen.q.shape[3], theta=seen.frequencies)
+        return scores.rotary_decay(apart, seen.q.shape[3], theta=seen.frequencies)
 
 
 @dataclass(frozen=True)
@@ -321,26 +323,14 @@ class VisualFlow(Signal):
         value = seen.v.gather(2, _rows_of(rows, seen.v))
         key = seen.k.repeat_interleave(query.shape[1] // seen.k.shape[1], 1)
         scale = seen.common.get("scale") or key.shape[3] ** -0.5
-        by_row = sum(_shares_of(of, other, scale, visible) for of, other in ((query, key), (value, seen.v)))
+        by_row = sum(scores.visible_shares(of, other, scale, visible) for of, other in ((query, key), (value, seen.v)))
         asked = (rows >= 0) & visible.any(2)
         mean = (by_row * asked[..., None]).sum(1) / asked.sum(1, keepdim=True).clamp_min(1)  # type: ignore[operator]
-        return mean * value_strength(seen.v).masked_fill(~seen.layout.visual, 0)
+        return mean * scores.value_strength(seen.v).masked_fill(~seen.layout.visual, 0)
 
 
 def _rows_of(place: Int[Tensor, "batch asks"], x: Tensor) -> Tensor:
     return place.clamp_min(0)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
-
-
-def _shares_of(
-    row: Float[Tensor, "batch heads asks dim"],
-    key: Float[Tensor, "batch heads keys dim"],
-    scale: float,
-    visible: Bool[Tensor, "batch asks keys"],
-) -> Float[Tensor, "batch asks keys"]:
-    """Softmax over the visible keys of the scaled products, mean over heads; 0 in a row that sees none."""
-    wide = torch.promote_types(row.dtype, torch.float32)
-    product = row.to(wide) @ key.to(wide).transpose(2, 3) * scale
-    return product.masked_fill(~visible[:, None], -torch.inf).softmax(-1).mean(1).masked_fill(~visible, 0)
 
 
 # In a vision encoder. Layers are blocks; values are given for patches only.
@@ -359,9 +349,15 @@ class PatchAttention(Signal):
     axis: ClassVar[int] = 2
 
     def read(self, seen: Attention) -> Tensor:
+        memo = {} if seen.memo is None else seen.memo
+        if self.who not in memo:
+            memo[self.who] = self._read(seen)
+        return memo[self.who]
+
+    def _read(self, seen: Attention) -> Tensor:
         count = seen.valid.sum(1)
         if self.who == "class":
-            got = seen.received(torch.zeros_like(count)[:, None])
+            got = scores.first_row(seen.q, seen.k, **seen.common)
         elif self.who == "all":
             rows = torch.where(seen.valid, torch.arange(seen.valid.shape[1], device=count.device), -1)
             got = seen.received(rows) / count[:, None, None]
@@ -412,12 +408,12 @@ class PatchFlow(Signal):
         attention = PatchAttention(self.layer, "class" if self.class_token else "mean").read(seen).mean(1)
         valid, value = seen.valid[:, seen.prefix :], seen.v[:, :, seen.prefix :]
         if not self.class_token:
-            return attention * value_strength(value).masked_fill(~valid, 0)
+            return attention * scores.value_strength(value).masked_fill(~valid, 0)
         if self.similarity == "cosine":
             alike = (unit(seen.v[:, :, :1]) * unit(value)).sum(-1).clamp_min(0).mean(1)
         else:
-            alike = value_similarity(seen.v[:, :, 0], value, valid)
-        return flow(attention, alike, value_strength(value), valid)
+            alike = scores.value_similarity(seen.v[:, :, 0], value, valid)
+        return scores.flow(attention, alike, scores.value_strength(value), valid)
 
 
 class Vision(NamedTuple):

@@ -12,7 +12,8 @@ hands it in again, so each block finds the state and the cuts of its own pass.
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ from vlm.models.program.segments import places, rows_at
 from vlm.models.program.signals import Attention, Signal
 
 # Where a block's second half begins, and what it consists of: timm, Transformers' CLIP and SigLIP, its DINOv2.
-_HALVES = (("attn", "norm2"), ("self_attn", "layer_norm2"), ("attention", "norm2"))
+_HALVES = (("norm1", "attn", "norm2"), ("layer_norm1", "self_attn", "layer_norm2"), ("norm1", "attention", "norm2"))
 
 
 class Cut(NamedTuple):
@@ -50,22 +51,23 @@ class Encoding:
     image: the image that each view shows. place: raster number of each patch in its view, valid: which are there,
     real: which show some of the picture (the others are seen by attention, but no cut keeps them), size: how many
     patches each is the mean of. total: real patches of a view before any cut. replay: a block runs again for its
-    gradient. columns: of a view's grid.
+    gradient. columns: of a view's grid. padded: whether any patch is not there. seed: gives an integer of each view's
+    pixels.
     """
 
     def __init__(
         self,
-        seed: Int[Tensor, " views"],
+        seed: Callable[[], Int[Tensor, " views"]],
         image: Int[Tensor, " views"],
         real: Bool[Tensor, "views patches"],
         columns: int | Int[Tensor, "views 1"],
     ) -> None:
         self.seed, self.image, self.real, self.columns = seed, image, real, columns
         self.total = real.sum(1)
-        self.place = torch.arange(real.shape[1], device=seed.device).expand(real.shape)
+        self.place = torch.arange(real.shape[1], device=real.device).expand(real.shape)
         self.valid = torch.ones_like(real)
         self.size: Float[Tensor, "views patches"] | None = None
-        self.weigh = self.cut = self.replay = False
+        self.weigh = self.cut = self.padded = self.replay = False
         self.cut_at: dict[str, Cut | None] = {}
         self.signals: dict[Signal, Tensor] = {}
 
@@ -106,15 +108,16 @@ class Encoding:
             count[mine] = count.new_tensor(divide(keep.of(sum(total)), total, limit))
         return count
 
-    def take(self, reduced: Reduced) -> None:
-        """Only these patches are left; signals come along."""
+    def take(self, reduced: Reduced, needed: Collection[Signal] = ()) -> None:
+        """Only these patches are left; signals that are still needed come along."""
         at = reduced.place
-        self.signals = {s: s.take(value, at) for s, value in self.signals.items()}
+        self.signals = {s: s.take(value, at) for s, value in self.signals.items() if s in needed}
         size = self.size if self.size is not None else torch.ones_like(self.place, dtype=torch.float32)
         self.size = reduced.size if reduced.size is not None else size.gather(1, at)
         whole = self.place.shape[1]
         self.place, self.real, self.valid = self.place.gather(1, at), self.real.gather(1, at), reduced.valid
-        self.cut = self.cut or self.place.shape[1] != whole or not bool(self.valid.all())
+        self.padded = not bool(self.valid.all())
+        self.cut = self.cut or self.place.shape[1] != whole or self.padded
 
 
 class VisionEngine:
@@ -128,8 +131,18 @@ class VisionEngine:
         self.given = [s for s in needs if s.of_inputs]
         needs.difference_update(self.given)
         self.needs = {layer: [s for s in needs if s.layer == layer] for layer in {s.layer for s in needs}}
+        self.later = self._needed_later()
         self.now: Encoding | None = None
         self._entered: Any = WeakIdKeyDictionary()  # storage of a block's input -> block -> what was known then
+
+    def _needed_later(self) -> dict[str, set[Signal]]:
+        """For each cut the signals that the cuts behind it read: only those go along."""
+        order = [f"vit.{place}[{block}]" for block in range(len(self.encoder.blocks)) for place in ("mid", "after")]
+        needed, later = set(self.out.selector.needs if self.out else ()), {}
+        for site in reversed([site for site in order if site in self.cuts]):
+            later[site] = set(needed)
+            needed.update(self.cuts[site].selector.needs)
+        return later
 
     @property
     def position(self) -> Position:
@@ -164,24 +177,24 @@ class VisionEngine:
 
     def begin(
         self,
-        seed: Int[Tensor, " views"],
-        image: Int[Tensor, " views"] | None = None,
+        seed: Callable[[], Int[Tensor, " views"]],
+        image: Int[Tensor, " views"],
         real: Bool[Tensor, "views patches"] | None = None,
         own_columns: Int[Tensor, "views 1"] | None = None,
         shown: Callable[[], Float[Tensor, "views patches"]] | None = None,
     ) -> None:
-        """A pass begins, of as many pictures as there are seeds; image and real as in :class:`Encoding`, by default a
-        view is an image and all of it is real.
+        """A pass begins; seed, image and real as in :class:`Encoding`, by default all of a view is real.
 
         own_columns: of pictures that each have a grid of their own; what is not real then is no patch at all, and the
         encoder hides it from attention until the engine does. shown: gives how much of each patch shows the picture.
         """
         rows, columns = self.encoder.grid
-        image = torch.arange(len(seed), device=seed.device) if image is None else image
-        real = torch.ones(len(seed), rows * columns, dtype=torch.bool, device=seed.device) if real is None else real
+        if real is None:
+            real = torch.ones(len(image), rows * columns, dtype=torch.bool, device=image.device)
         now = Encoding(seed, image, real, columns if own_columns is None else own_columns)
         if own_columns is not None:
-            now.valid, now.cut = real, not bool(real.all())
+            now.valid = real
+            now.cut = now.padded = not bool(real.all())
         self.start(now, shown)
 
     def start(self, now: Encoding, shown: Callable[[], Float[Tensor, "views patches"]] | None = None) -> None:
@@ -202,8 +215,9 @@ class VisionEngine:
         """The features that go to the connector, or None when all do as they are. Makes the cut at ``vit.out``."""
         now, self.now = self.now, None
         assert now is not None
-        if self.out is not None and (choice := self._choose("vit.out", self.out, now, features)) is not None:
-            reduced = _reduce(self.out, now.tokens(features), choice)
+        tokens = now.tokens(features)
+        if self.out is not None and (choice := self._choose("vit.out", self.out, now, tokens)) is not None:
+            reduced = _reduce(self.out, tokens, choice)
             now.take(reduced)
             return reduced._replace(place=now.place)
         return Reduced(now.place, features, now.valid) if now.cut else None
@@ -244,8 +258,8 @@ class VisionEngine:
             return
         valid = self._with_prefix(now.valid)
         common: Any = {"causal": False, "scale": scale, "validate": False}
-        common["key_valid"] = valid if now.cut else None
-        seen = Attention(q, k, v, valid, common, self.impl, prefix=self.encoder.prefix)
+        common["key_valid"] = valid if now.padded else None
+        seen = Attention(q, k, v, valid, common, self.impl, prefix=self.encoder.prefix, memo={})
         with torch.no_grad():
             for signal in self.needs[layer]:
                 now.signals[signal] = signal.read(seen).detach()
@@ -253,27 +267,29 @@ class VisionEngine:
     def bias(self, like: Tensor) -> Float[Tensor, "images 1 1 tokens"] | None:
         """What is added to the logits of each key: padding hidden, merged tokens weighed; None: nothing."""
         now = self.now
-        if now is None or not now.cut:
+        weighed = now is not None and now.weigh and now.size is not None
+        if now is None or not (now.padded or weighed):
             return None
-        valid = self._with_prefix(now.valid)
-        bias = torch.zeros(valid.shape, dtype=like.dtype, device=like.device).masked_fill(~valid, -torch.inf)
-        if now.weigh and now.size is not None:
-            size = F.pad(now.size.clamp_min(1), (self.encoder.prefix, 0), value=1)
-            bias = bias + size.to(torch.promote_types(like.dtype, torch.float32)).log().to(like.dtype)
-        return bias[:, None, None] if bool((bias != 0).any()) else None
+        bias = torch.zeros(now.valid.shape, dtype=like.dtype, device=like.device)
+        if weighed and now.size is not None:
+            wide = torch.promote_types(like.dtype, torch.float32)
+            bias = now.size.clamp_min(1).to(wide).log().to(like.dtype)
+        if now.padded:
+            bias = bias.masked_fill(~now.valid, -torch.inf)
+        return F.pad(bias, (self.encoder.prefix, 0))[:, None, None]
 
     def reduce(self, site: str, x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*fewer width"]:
         """Make the cut at ``site`` of a tensor with prefix tokens."""
         op, now = self.cuts.get(site), self.now
         if op is None or now is None:
             return x
-        patches = self.patches(now, x)
-        choice = self._choose(site, op, now, patches)
+        tokens = now.tokens(self.patches(now, x))
+        choice = self._choose(site, op, now, tokens)
         if choice is None:
             return x
-        reduced = _reduce(op, now.tokens(patches), choice)
+        reduced = _reduce(op, tokens, choice)
         now.weigh = now.weigh or op.weigh
-        now.take(reduced)
+        now.take(reduced, self.later[site])
         return self.put_back(now, reduced.features.to(x.dtype), x)
 
     def patches(self, now: Encoding, x: Tensor) -> Float[Tensor, "images patches width"]:
@@ -284,14 +300,14 @@ class VisionEngine:
         """What goes on after a cut of ``x``."""
         return torch.cat([x[:, : self.encoder.prefix], left], 1)
 
-    def _choose(self, site: str, op: Select, now: Encoding, x: Tensor) -> Cut | None:
+    def _choose(self, site: str, op: Select, now: Encoding, tokens: Tokens) -> Cut | None:
         """Choose once; None when all stay, so that a full budget changes nothing, to the bit."""
         if site not in now.cut_at:
             now.cut_at[site] = None
             count, there = now.count(op.keep), now.candidates
             if not (op.exact and bool((count >= there.sum(1)).all())):
                 with torch.no_grad():
-                    kept = op.selector.choose(now.tokens(x.detach()), count)
+                    kept = op.selector.choose(replace(tokens, x=tokens.x.detach()), count)
                 if op.selector.reduce is not None or not bool((kept | ~there).all()):
                     now.cut_at[site] = Cut(kept, count)
         return now.cut_at[site]
@@ -318,11 +334,13 @@ class Around:
         if bias is not None and self.takes_mask:
             args, kwargs = _mask_keys(args, kwargs, bias)
         mode = Watch(lambda *call: self.engine.read(self.number, *call), None if self.takes_mask else bias)
-        mode.__enter__()
         self.modes.append(mode)
+        mode.start()
         site = f"vit.mid[{self.number}]"
         if site in self.engine.cuts and self.engine.now is not None:
-            args = (self._first_half(site, block, args, kwargs), *args[1:])
+            half = self._first_half(block, args, kwargs)
+            mode.stop()  # what is left is the MLP
+            args = (self.engine.reduce(site, half), *args[1:])
         return args, kwargs
 
     def leave(self, block: nn.Module, args: tuple, output: Any) -> Any:
@@ -331,7 +349,7 @@ class Around:
             self.undo.pop()()
         try:
             if mode is not None:
-                mode.__exit__(None, None, None)
+                mode.stop()
             if output is None or mode is None or self.engine.now is None:
                 return None  # the block raised, or runs without the program
             self.look(block, mode)
@@ -352,9 +370,9 @@ class Around:
                 "(fused attention off, or attention implementation other than sdpa?)"
             )
 
-    def _first_half(self, site: str, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        """Run the block up to its MLP, cut there, and leave it the MLP alone to do: its attention gives zeros."""
-        attention, norm = _halves(block)
+    def _first_half(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """Run the block up to its MLP, and leave it the MLP alone to do: its attention gives zeros."""
+        first, attention, norm = _halves(block)
         caught: list[Tensor] = []
 
         def stop(module: nn.Module, args: tuple) -> None:
@@ -373,9 +391,9 @@ class Around:
         zeros: Callable[..., Any] = lambda hidden_states, *args, **kwargs: (  # noqa: E731
             (torch.zeros_like(hidden_states), None) if returns_pair else torch.zeros_like(hidden_states)
         )
-        cut = self.engine.reduce(site, caught[0])
         self._set(attention, "forward", zeros)
-        return cut
+        self._set(first, "forward", lambda hidden_states: hidden_states)  # nobody reads it any more
+        return caught[0]
 
     def _set(self, module: nn.Module, name: str, value: Any) -> None:
         """Set an attribute of this instance until the block is left."""
@@ -389,11 +407,13 @@ class _HalfWay(Exception):
     """Raised to leave a block at its MLP."""
 
 
-def _halves(block: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """A block's attention and the norm before its MLP. Raises ModelError for a block that is built otherwise."""
-    for attention, norm in _HALVES:
-        if hasattr(block, attention) and hasattr(block, norm) and type(block).__name__ != "ResPostBlock":
-            return getattr(block, attention), getattr(block, norm)
+def _halves(block: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """A block's first norm, its attention and the norm before its MLP. Raises ModelError for a block that is built
+    otherwise."""
+    for names in _HALVES:
+        if all(hasattr(block, name) for name in names) and type(block).__name__ != "ResPostBlock":
+            first, attention, norm = (getattr(block, name) for name in names)
+            return first, attention, norm
     raise ModelError(f"vit.mid: expected blocks of attention, then norm and MLP; found {type(block).__name__}")
 
 
@@ -402,14 +422,23 @@ class Watch(TorchFunctionMode):
 
     def __init__(self, see: Callable[..., None], bias: Tensor | None) -> None:
         super().__init__()
-        self.see, self.bias, self.calls = see, bias, 0
+        self.see, self.bias, self.calls, self.on = see, bias, 0, False
+
+    def start(self) -> None:
+        self.__enter__()
+        self.on = True
+
+    def stop(self) -> None:
+        if self.on:
+            self.on = False
+            self.__exit__(None, None, None)
 
     def __torch_function__(self, func: Any, types: Sequence[type], args: tuple = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
+        kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             self.calls += 1
             names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-            kwargs |= dict(zip(names, args, strict=False))
+            kwargs = {**kwargs, **dict(zip(names, args, strict=False))}
             self.see(kwargs["query"], kwargs["key"], kwargs["value"], kwargs.get("scale"))
             if self.bias is not None:
                 kwargs["attn_mask"] = _join(kwargs.get("attn_mask"), self.bias)
