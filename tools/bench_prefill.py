@@ -339,7 +339,8 @@ def head(arguments: Any, device: torch.device, model: nn.Module, shape: Shape) -
         f"width {decoder.width}; 576 visual + {TEXT} text tokens, batch 1; {arguments.repeats} interleaved repeats",
         "* Times are medians, from pixels to the first logits; scoring is the time above a bare cut to the same counts",
         "* Times faster: unpruned by pruned, encoder and all. FLOPs allow: the same ratio of multiply-accumulates, "
-        "without scoring. Reached: one by the other.",
+        "without scoring but with layers that are run twice (by SGL, guided by the model itself). Reached: one by the "
+        "other.",
         "",
     ]
 
