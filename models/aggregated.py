@@ -5,7 +5,6 @@ Shi, "TransNeXt: Robust Foveal Visual Perception for Vision Transformers" (CVPR 
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlm.kernels.neighborhood import neighborhood_aggregate, neighborhood_attention
+from vlm.kernels.plans import plan
 from vlm.models.backbone import init_linear
 
 Grid = tuple[int, int]  # rows, columns
@@ -29,34 +29,37 @@ class Offsets(NamedTuple):
     entry: Int[Tensor, "queries keys"]
 
 
-@lru_cache(maxsize=64)
+class Counts(NamedTuple):
+    """places: of the window around each place of a grid, so many lie inside the grid."""
+
+    places: Float[Tensor, " places"]
+
+
+@plan(Offsets)
 def offsets(grid: Grid, keys: Grid, pretrained: Grid, device: torch.device) -> Offsets:
     """Offsets from the places of ``grid`` to those of ``keys``, which are averages of its places.
 
     They are counted in units of the grid that the network was pretrained on, 8 of which span it, and drawn together
     logarithmically; each pair that occurs is listed once.
     """
-    with torch.inference_mode(False):  # a later call may need gradients, which inference tensors cannot serve
-        along = []
-        for count, fewer, reference in zip(grid, keys, pretrained, strict=True):
-            place = torch.arange(count, dtype=torch.float32, device="cpu")
-            pooled = F.adaptive_avg_pool1d(place[None], fewer)[0]
-            t = (place[:, None] - pooled) / (reference - 1) * 8
-            along.append((t.sign() * torch.log2(t.abs() + 1) / 3).unique(return_inverse=True))
-        (rows, row_of), (cols, col_of) = along
-        pairs = torch.cartesian_prod(rows, cols)
-        index = row_of[:, None, :, None] * len(cols) + col_of[None, :, None, :]  # [h,w,rows of keys,columns of keys]
-        index = index.reshape(grid[0] * grid[1], keys[0] * keys[1])
-        return Offsets(pairs.to(device), index.to(device))
+    along = []
+    for count, fewer, reference in zip(grid, keys, pretrained, strict=True):
+        place = torch.arange(count, dtype=torch.float32)
+        pooled = F.adaptive_avg_pool1d(place[None], fewer)[0]
+        t = (place[:, None] - pooled) / (reference - 1) * 8
+        along.append((t.sign() * torch.log2(t.abs() + 1) / 3).unique(return_inverse=True))
+    (rows, row_of), (cols, col_of) = along
+    pairs = torch.cartesian_prod(rows, cols)
+    index = row_of[:, None, :, None] * len(cols) + col_of[None, :, None, :]  # [h,w,rows of keys,columns of keys]
+    index = index.reshape(grid[0] * grid[1], keys[0] * keys[1])
+    return Offsets(pairs.to(device), index.to(device))
 
 
-@lru_cache(maxsize=64)
-def window_counts(grid: Grid, window: int, device: torch.device) -> Float[Tensor, " places"]:
+@plan(Counts)
+def window_counts(grid: Grid, window: int, device: torch.device) -> Counts:
     """How many places of the window around each place lie inside the grid."""
-    with torch.inference_mode(False):
-        ones = torch.ones(1, 1, *grid, device="cpu")
-        kernel = torch.ones(1, 1, window, window, device="cpu")
-        return F.conv2d(ones, kernel, padding=window // 2).flatten().to(device)
+    kernel = torch.ones(1, 1, window, window)
+    return Counts(F.conv2d(torch.ones(1, 1, *grid), kernel, padding=window // 2).flatten().to(device))
 
 
 class CosineAttention(nn.Module):
@@ -125,7 +128,7 @@ class AggregatedAttention(CosineAttention):
     def forward(self, x: Float[Tensor, "n places dim"], grid: Grid) -> Float[Tensor, "n places dim"]:
         pooled = max(1, grid[0] // self.reduction), max(1, grid[1] // self.reduction)
         unit = F.normalize(self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2), dim=-1)  # [N,H,L,D]
-        seen = window_counts(grid, self.window, x.device) + pooled[0] * pooled[1]
+        seen = window_counts(grid, self.window, x.device).places + pooled[0] * pooled[1]
         k, v = self._keys_and_values(x)
         edge = self.window // 2  # the table of the kernel has offsets up to window - 1
         local = F.pad(self.relative_pos_bias_local.unflatten(1, (self.window, self.window)), (edge,) * 4)

@@ -1,6 +1,7 @@
 """What a vision encoder hands over, and the adapter that makes any timm model one."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -30,6 +31,16 @@ class Features(NamedTuple):
     prefix: Float[Tensor, "images prefix width"] | None = None
 
 
+class Auxiliary(NamedTuple):
+    """A loss that needs pictures alone: ``share`` of the mean of ``values`` is added to what the objective says.
+
+    values: what the passes noted, one per layer and pass.
+    """
+
+    share: float
+    values: list[Float[Tensor, ""]]
+
+
 class Encoder(Protocol):
     """A vision backbone: pixels to a grid of features.
 
@@ -40,6 +51,9 @@ class Encoder(Protocol):
     More where they are not as usual: blind, why the attention of blocks cannot be read; spatial, False where a
     token's place in the grid does not say which part of the picture it shows; frozen, names of modules that never
     train; kind, the ``model_type`` of an encoder of Transformers.
+
+    auxiliary(), of an encoder that is trained with a loss of its own beside the objective's: a context that yields
+    :class:`Auxiliary` terms by name, which passes with gradients inside it fill.
 
     max_patches, of an encoder whose pictures keep their shape: the most patches of one, of ``patch`` pixels each side.
     It is called with the height and width of each picture too, which stands in the upper left corner of its image;
@@ -63,8 +77,9 @@ class Encoder(Protocol):
 
 
 def unread(encoder: Any) -> list[str]:
-    """Names of the encoder's weights that its features do not depend on: blocks after the one whose features are taken,
-    the norm and head behind them. Training them would wait for a gradient that never comes (DDP stops with an error).
+    """Names of the encoder's weights that neither its features nor a loss of its own depend on: blocks after the one
+    whose features are taken, the norm and head behind them. Training them would wait for a gradient that never comes
+    (DDP stops with an error).
 
     Found by one pass and its gradient on the meta device, which computes nothing and needs no memory.
     """
@@ -72,8 +87,10 @@ def unread(encoder: Any) -> list[str]:
     buffers = {name: torch.empty_like(b, device="meta") for name, b in encoder.named_buffers()}
     dtype = next((p.dtype for p in weights.values()), torch.float32)
     blank = torch.zeros(1, 3, encoder.image.size, encoder.image.size, device="meta", dtype=dtype)
-    with torch.enable_grad():
+    own: Any = encoder.auxiliary() if hasattr(encoder, "auxiliary") else nullcontext({})
+    with torch.enable_grad(), own as terms:
         total = functional_call(encoder, (weights, buffers), (blank,)).tokens.sum()
+        total = sum((value for term in terms.values() for value in term.values), total)
     found = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
     return [name for name, gradient in zip(weights, found, strict=True) if gradient is None]
 

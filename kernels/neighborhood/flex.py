@@ -19,6 +19,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from vlm.kernels.flex import block_mask, flex, grouped_heads
 from vlm.kernels.neighborhood.reference import Neighborhood, Result
 from vlm.kernels.neighborhood.window import Axis, grid, lines
+from vlm.kernels.plans import plan
 from vlm.kernels.visibility import Operands, Visibility
 
 
@@ -57,18 +58,18 @@ def neighborhood_flex(x: Operands, n: Neighborhood) -> Result:
     return out, lse if n.return_lse else None
 
 
-@kept
+@plan(Sorted, maxsize=32)
 def by_group(axes: tuple[Axis, ...], device: torch.device) -> Sorted:
-    with torch.inference_mode(False):  # kept for later calls, which may need gradients
-        coordinates = torch.meshgrid(*(torch.arange(axis.length) for axis in axes), indexing="ij")
-        along = [lines(axis) for axis in axes]
-        group = grid([line.group for line in along], [axis.dilation for axis in axes])
-        order = group.argsort(stable=True)
-        at = [c.flatten()[order] for c in coordinates]  # along each axis the coordinate of each token, in that order
-        each = list(zip(along, at, strict=True))
-        step = torch.stack([line.step[c] for line, c in each])
-        first, last = torch.stack([line.first[c] for line, c in each]), torch.stack([line.last[c] for line, c in each])
-        return Sorted(*(y.to(device) for y in (order, order.argsort(), group[order], step, first, last)))
+    axes = tuple(Axis(*axis) for axis in axes)  # a compiler hands over plain tuples
+    coordinates = torch.meshgrid(*(torch.arange(axis.length) for axis in axes), indexing="ij")
+    along = [lines(axis) for axis in axes]
+    group = grid([line.group for line in along], [axis.dilation for axis in axes])
+    order = group.argsort(stable=True)
+    at = [c.flatten()[order] for c in coordinates]  # along each axis the coordinate of each token, in that order
+    each = list(zip(along, at, strict=True))
+    step = torch.stack([line.step[c] for line, c in each])
+    first, last = torch.stack([line.first[c] for line, c in each]), torch.stack([line.last[c] for line, c in each])
+    return Sorted(*(y.to(device) for y in (order, order.argsort(), group[order], step, first, last)))
 
 
 @kept

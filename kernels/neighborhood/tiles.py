@@ -4,7 +4,6 @@ Neighbours share most of their keys. A box of queries with the union of their wi
 products and holds a few copies of k and v; a window gathered for every query holds prod(window) copies.
 """
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from vlm.kernels.neighborhood.window import HIDDEN, Axis, entries, grid, lines
+from vlm.kernels.plans import plan
 
 ROWS = {1: 32, 2: 6, 3: 4}  # queries of a box along an axis, by number of axes: fastest on a CPU for windows 3 .. 128
 
@@ -26,23 +26,23 @@ class Tiles(NamedTuple):
     position: Int[Tensor, " tokens"]  # where among tiles x rows a token stands
 
 
-@lru_cache(maxsize=32)
+@plan(Tiles, maxsize=32)
 def tiles(axes: tuple[Axis, ...], device: torch.device) -> Tiles:
     """The boxes of a grid, kept for the next call."""
-    with torch.inference_mode(False):  # a later call may need gradients, which inference tensors cannot serve
-        each = [_along(axis, ROWS[len(axes)]) for axis in axes]
-        lengths, columns = [axis.length for axis in axes], [x.keys.shape[1] for x in each]
-        queries = grid([x.queries for x in each], lengths)
-        position = torch.empty(int(queries.max()) + 1, dtype=torch.long)
-        position[queries.flatten()] = torch.arange(queries.numel())
-        whole = Tiles(
-            queries,
-            grid([x.keys for x in each], lengths),
-            grid([x.entries for x in each], [axis.offsets for axis in axes]).int(),
-            grid([x.places for x in each], columns),
-            position,
-        )
-        return Tiles(*(x.to(device) for x in whole))
+    axes = tuple(Axis(*axis) for axis in axes)  # a compiler hands over plain tuples
+    each = [_along(axis, ROWS[len(axes)]) for axis in axes]
+    lengths, columns = [axis.length for axis in axes], [x.keys.shape[1] for x in each]
+    queries = grid([x.queries for x in each], lengths)
+    position = torch.empty(int(queries.max()) + 1, dtype=torch.long)
+    position[queries.flatten()] = torch.arange(queries.numel())
+    whole = Tiles(
+        queries,
+        grid([x.keys for x in each], lengths),
+        grid([x.entries for x in each], [axis.offsets for axis in axes]).int(),
+        grid([x.places for x in each], columns),
+        position,
+    )
+    return Tiles(*(x.to(device) for x in whole))
 
 
 def _along(axis: Axis, target: int) -> Tiles:

@@ -16,7 +16,6 @@ attention (Hassani et al., 2025). The formulas are those of NATTEN 0.21, ``clip`
 and a padded convolution do.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -26,8 +25,7 @@ from torch import Tensor
 HIDDEN = -1  # in a table: this key is not seen, this place holds no key
 
 
-@dataclass(frozen=True)
-class Axis:
+class Axis(NamedTuple):
     """One axis of a grid and the window along it."""
 
     length: int

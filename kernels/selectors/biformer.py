@@ -50,4 +50,5 @@ def biformer(
     p = pairs(NAME, order.apply(q), order.apply(k), tokens, tokens, {"causal": False})
     affinity = torch.einsum("bhid,bhjd->bij", p.query_means(), p.key_means())[:, None]  # [B,1,regions,regions]
     possible = p.possible()
-    return p.lists(best(affinity, topk, torch.zeros_like(possible), possible)), order
+    chosen = best(affinity, topk, torch.zeros_like(possible), possible)
+    return p.lists(chosen, each=min(topk, regions**2)), order  # all regions see each other

@@ -56,9 +56,11 @@ class Pairs:
         """For every query head the means of the keys that it reads."""
         return self.x.per_head(means(self.x.k.to(self.x.accumulator), self.key_block, self.x.seen.key_valid))
 
-    def lists(self, table: Bool[Tensor, "#batch #heads query_blocks key_blocks"]) -> BlockLists:
-        """Lists of the table, less the pairs that cannot see each other."""
-        return BlockLists.from_table(table & self.possible(), self.row_block, self.key_block)
+    def lists(
+        self, table: Bool[Tensor, "#batch #heads query_blocks key_blocks"], each: int | None = None
+    ) -> BlockLists:
+        """Lists of the table, less the pairs that cannot see each other; ``each``: so many are left in every list."""
+        return BlockLists.from_table(table & self.possible(), self.row_block, self.key_block, each)
 
 
 def pairs(op: str, q: Tensor, k: Tensor, row_block: int, key_block: int, common: Common) -> Pairs:

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from vlm.kernels.plans import plan
+
 
 class Order(NamedTuple):
     """A new order of tokens: ``forward[i]`` is the token at place i, ``inverse[t]`` the place of token t."""
@@ -38,6 +40,11 @@ def boxes(op: str, grid: tuple[int, ...], box: tuple[int, ...], device: torch.de
     """
     if len(grid) != len(box) or min(*grid, *box) < 1 or any(n % b for n, b in zip(grid, box, strict=True)):
         raise ValueError(f"{op}: a grid of {grid} cannot be cut into boxes of {box}: each axis must be a multiple")
+    return _boxes(tuple(grid), tuple(box), device)
+
+
+@plan(Order)
+def _boxes(grid: tuple[int, ...], box: tuple[int, ...], device: torch.device) -> Order:
     sizes = [size for n, b in zip(grid, box, strict=True) for size in (n // b, b)]
     axes = [*range(0, len(sizes), 2), *range(1, len(sizes), 2)]
     return Order.of(torch.arange(prod(grid), device=device).view(sizes).permute(axes).flatten())

@@ -105,23 +105,37 @@ def _steps(lists: BlockLists, batch: int, heads: int, held: int) -> Iterator[Ste
     """All lists, the longest first; ``held`` is how many numbers each listed block makes a step hold."""
     blocks = lists.count.shape[2]
     count = lists.count.expand(batch, heads, -1).flatten()
-    order = count.argsort(descending=True, stable=True)
-    lengths = count[order].tolist()
-    start = 0
-    while start < len(lengths):
-        longest = lengths[start]
-        half = bisect_right(lengths, -longest / 2, key=lambda length: -length)  # no list is filled up to its double
-        some = order[start : min(half, start + max(1, CHUNK // max(1, longest * held)))]
+    if lists.each is None:
+        order = count.argsort(descending=True, stable=True)
+        spans = _spans(count[order].tolist(), held)
+    else:
+        order = torch.arange(len(count), device=count.device)
+        # A compiler gets one step, with which it is quicker than with many; it decides what is held.
+        most = len(count) if torch.compiler.is_compiling() else max(1, CHUNK // max(1, lists.each * held))
+        spans = [(start, start + most, lists.each) for start in range(0, len(count), most)]
+    for start, end, longest in spans:
+        some = order[start:end]
         sample, head, block = some // (heads * blocks), some // blocks % heads, some % blocks
         of = (sample * (lists.index.shape[0] > 1), head * (lists.index.shape[1] > 1), block)
         listed = torch.arange(longest, device=some.device) < count[some, None]
         yield Step(sample, head, block, lists.index[..., :longest][of].long(), listed)
-        start += len(some)
+
+
+def _spans(lengths: list[int], held: int) -> Iterator[tuple[int, int, int]]:
+    """Lists that go into one step, of falling lengths: (the first, the one after the last, the longest length)."""
+    start = 0
+    while start < len(lengths):
+        longest = lengths[start]
+        half = bisect_right(lengths, -longest / 2, key=lambda length: -length)  # no list is filled up to its double
+        end = min(len(lengths), half, start + max(1, CHUNK // max(1, longest * held)))
+        yield start, end, longest
+        start = end
 
 
 def _run(function: Callable[[Blocks, Step], Parts], x: Blocks, step: Step) -> Parts:
     """A step, computed again in the backward if there will be one (the first checkpoint imports for seconds)."""
-    if not (torch.is_grad_enabled() and (x.q.requires_grad or x.k.requires_grad or x.v.requires_grad)):
+    needed = torch.is_grad_enabled() and (x.q.requires_grad or x.k.requires_grad or x.v.requires_grad)
+    if not needed or torch.compiler.is_compiling():  # a compiler weighs on its own what to compute again
         return function(x, step)
     return checkpoint(function, x, step, use_reentrant=False, preserve_rng_state=False)
 

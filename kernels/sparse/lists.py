@@ -22,20 +22,26 @@ class BlockLists:
     count: how many key blocks are listed.
     index: their numbers, ascending, in the first ``count`` places; the places after hold the other numbers, unread.
     row_block, key_block: rows and keys of a block; the last block may be shorter.
+    each: what every entry of ``count`` is, where that is known without a look at them: nobody waits for the GPU then,
+        and a compiler follows what walks the lists.
     """
 
     count: Int[Tensor, "one_or_batch one_or_heads query_blocks"]
     index: Int[Tensor, "one_or_batch one_or_heads query_blocks key_blocks"]
     row_block: int
     key_block: int
+    each: int | None = None
 
     @staticmethod
     def from_table(
-        table: Bool[Tensor, "one_or_batch one_or_heads query_blocks key_blocks"], row_block: int, key_block: int
+        table: Bool[Tensor, "one_or_batch one_or_heads query_blocks key_blocks"],
+        row_block: int,
+        key_block: int,
+        each: int | None = None,
     ) -> "BlockLists":
-        """Lists of the True entries."""
+        """Lists of the True entries; ``each``: of which every row of the table has so many."""
         index = torch.argsort(table.to(torch.uint8), dim=-1, descending=True, stable=True)
-        return BlockLists(table.sum(-1, dtype=torch.int32), index.to(torch.int32), row_block, key_block)
+        return BlockLists(table.sum(-1, dtype=torch.int32), index.to(torch.int32), row_block, key_block, each)
 
     @staticmethod
     def from_ids(
@@ -124,6 +130,8 @@ def check(
     if lists.count.shape[:2] != lists.index.shape[:2]:
         found = f"{tuple(lists.count.shape)}, {tuple(lists.index.shape)}"
         raise ValueError(f"{op}: lists.count and lists.index must share batch and heads; found {found}")
+    if lists.each is not None and not 0 <= lists.each <= key_blocks:
+        raise ValueError(f"{op}: lists.each must be 0..{key_blocks}; found {lists.each}")
     if look and lists.index.numel():
         _check_values(op, lists)
 
@@ -133,6 +141,8 @@ def _check_values(op: str, lists: BlockLists) -> None:
     least, most = int(lists.count.min()), int(lists.count.max())
     if least < 0 or most > last + 1:
         raise ValueError(f"{op}: lists.count must be 0..{last + 1}; found {least}..{most}")
+    if lists.each is not None and (least, most) != (lists.each, lists.each):
+        raise ValueError(f"{op}: lists.count must be lists.each, {lists.each}; found {least}..{most}")
     listed = lists.listed()
     outside = listed & ((lists.index < 0) | (lists.index > last))
     if bool(outside.any()):

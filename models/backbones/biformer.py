@@ -112,10 +112,11 @@ class RefactoredRoutedAttention(nn.Module):
         q, k, _ = qkv.permute(0, 3, 1, 2).chunk(3, 1)
         means = [F.avg_pool2d(each, region, ceil_mode=True, count_include_pad=False).flatten(2) for each in (q, k)]
         affinity = means[0].transpose(1, 2) @ means[1]  # [N,regions,regions]
-        best = affinity.topk(min(self.topk, affinity.shape[2]), -1).indices
+        each = min(self.topk, affinity.shape[2])
+        best = affinity.topk(each, -1).indices
         table = torch.zeros_like(affinity, dtype=torch.bool).scatter(-1, best, True)
         size = region[0] * region[1]
-        return BlockLists.from_table(table[:, None], size, size)
+        return BlockLists.from_table(table[:, None], size, size, each)
 
 
 class FullAttention(nn.Module):

@@ -30,6 +30,14 @@ class Spike(torch.autograd.Function):
         return gradients[0] * SLOPE * fired * (1 - fired)
 
 
+def spike(above: Tensor) -> Tensor:
+    """:class:`Spike`, in plain operations where a compiler would trace its two passes apart at every neuron."""
+    if not torch.compiler.is_compiling():
+        return Spike.apply(above)  # type: ignore[return-value]
+    smooth = (SLOPE * above).sigmoid()
+    return (above >= 0).to(above.dtype) + (smooth - smooth.detach())  # adds 0 and brings its gradient
+
+
 class Neuron(nn.Module):
     """Leaky integrate-and-fire over the time steps, starting at rest in every pass; it has no weights.
 
@@ -41,13 +49,14 @@ class Neuron(nn.Module):
         self.threshold = threshold
 
     def forward(self, x: Float[Tensor, "time n ..."]) -> Float[Tensor, "time n ..."]:
-        membrane, spikes = torch.zeros_like(x[0]), []
-        for now in x:
+        first, *later = x.unbind()
+        membrane = first / DECAY  # it starts at 0
+        spikes = [spike(membrane - self.threshold)]
+        for now in later:
+            membrane = membrane * (1 - spikes[-1].detach())
             membrane = membrane + (now - membrane) / DECAY
-            fired: Tensor = Spike.apply(membrane - self.threshold)  # type: ignore[assignment]
-            membrane = membrane * (1 - fired.detach())
-            spikes.append(fired)
-        return torch.stack(spikes)
+            spikes.append(spike(membrane - self.threshold))
+        return torch.stack(spikes) if later else spikes[0][None]
 
 
 def still(layer: nn.Module, x: Float[Tensor, "time n ..."]) -> Float[Tensor, "time n ..."]:
@@ -65,8 +74,8 @@ class _NormAndPad(nn.Module):
     def forward(self, x: Float[Tensor, "n dim h w"]) -> Float[Tensor, "n dim h2 w2"]:
         norm: Any = self.bn
         zero = norm.bias - norm.running_mean * norm.weight / (norm.running_var + norm.eps).sqrt()
-        border = F.pad(torch.zeros_like(x), (1, 1, 1, 1), value=1.0) * zero[:, None, None]
-        return F.pad(norm(x), (1, 1, 1, 1)) + border
+        border = F.pad(zero.new_zeros(x.shape[2:]), (1, 1, 1, 1), value=1.0)  # [h2,w2]
+        return F.pad(norm(x), (1, 1, 1, 1)) + border * zero[:, None, None]
 
 
 class _RepConv(nn.Module):

@@ -17,6 +17,8 @@ from vlm.models.aggregated import (
     TransnextNet,
 )
 from vlm.models.backbone import BackboneEncoder
+from vlm.models.encoder import Auxiliary
+from vlm.models.errors import ModelError
 
 
 class _Routed(CosineAttention):
@@ -47,7 +49,7 @@ class _Routed(CosineAttention):
         chosen = torch.zeros_like(likely).scatter(-1, likely.topk(self.routed, -1).indices, 1.0)
         kept = likely * chosen
         sometimes = kept / kept.sum(-1, keepdim=True).clamp_min(torch.finfo(kept.dtype).eps) * self.routed
-        if self.ledger is not None:
+        if self.ledger is not None and torch.is_grad_enabled():
             mean = likely.mean((0, 1)) * chosen.mean((0, 1))
             self.ledger.append(mean.mean() * likely.shape[-1] ** 2)
         if not self.shared:
@@ -101,8 +103,8 @@ class MohNet(TransnextNet):
 
     @contextmanager
     def balancing(self) -> Iterator[list[Tensor]]:
-        """Passes inside append to the list how unevenly each routed layer used its heads: the number of heads routed to
-        where use is even, more where it is not. The published training adds 0.01 of their mean to the loss."""
+        """Passes inside that record gradients append to the list how unevenly each routed layer used its heads: the
+        number of heads routed to where use is even, more where it is not."""
         ledger: list[Tensor] = []
         routed = [module for module in self.modules() if isinstance(module, _Routed)]
         for module in routed:
@@ -118,8 +120,11 @@ class Moh(BackboneEncoder):
     """MoH-TransNeXt: at each place some heads always count and the router chooses among the others.
 
     All heads are computed, as in the official code: what a variant's name says is the share of heads that count, no
-    speed. ``model.balancing()`` gives the load-balance loss of the paper; no objective adds it, so a router trained
-    from scratch needs one that does.
+    speed.
+
+    balance: share of the load-balance loss in training, 0.01 as published, 0 for none. With E heads to choose from, p
+    their softmax and m which of them were chosen, a layer's loss is mean_e(mean_n p mean_n m) E^2, the means over the
+    places n of a micro-batch; the loss is their mean over the layers that route.
     """
 
     source: ClassVar[str] = "MoH (ICML 2025), section 3.2; official code"
@@ -134,3 +139,23 @@ class Moh(BackboneEncoder):
     }
     normalized: ClassVar[Literal["inner", "all", "none"]] = "none"  # every stage ends in a norm of its own
     blind = "its blocks attend to windows and pooled maps"
+
+    def __init__(
+        self,
+        variant: str,
+        weights: str | None = None,
+        layer: int = -2,
+        image: int | None = None,
+        config: Mapping[str, Any] | None = None,
+        balance: float = 0.01,
+    ) -> None:
+        if not 0 <= balance < float("inf"):
+            raise ModelError(f"model.vision.balance: expected a share of 0 or more; found {balance}")
+        super().__init__(variant, weights, layer, image, config)
+
+    @contextmanager
+    def auxiliary(self) -> Iterator[Mapping[str, Auxiliary]]:
+        """The load-balance loss of the passes inside, for whoever trains the encoder."""
+        with self.model.balancing() as found:
+            share = self.made_with["balance"]
+            yield {"balance": Auxiliary(share, found)} if share else {}

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlm.models.backbone import BackboneEncoder, init_linear
+from vlm.models.encoder import Auxiliary
 from vlm.models.errors import ModelError
 
 THRESHOLD = 0.02  # entries of the basis up to it count as 0
@@ -38,10 +40,14 @@ class MaskPredictor(nn.Module):
         trunc_normal_(self.proj_n, std=0.02)
         trunc_normal_(self.proj_back_n, std=0.02)
 
-    def forward(self, q: Float[Tensor, "n heads tokens width"], k: Float[Tensor, "n heads tokens width"]) -> Guess:
+    def dense(self, q: Float[Tensor, "n heads tokens width"], k: Float[Tensor, "n heads tokens width"]) -> Tensor:
+        """Coefficients of the whole basis, for every token but the class token [n, heads, patches, rank]."""
         few = self.proj_c_k(k).transpose(2, 3) @ self.proj_n  # [N,H,w,rank]
         scores = self.proj_c_q(q)[:, :, 1:] @ few * q.shape[1] ** -0.5  # of the number of heads, as published
-        coefficients = scores.softmax(-1)
+        return scores.softmax(-1)
+
+    def forward(self, q: Float[Tensor, "n heads tokens width"], k: Float[Tensor, "n heads tokens width"]) -> Guess:
+        coefficients = self.dense(q, k)
         least = coefficients.topk(self.basis, -1).values[..., -1:]
         coefficients = coefficients * (coefficients >= least)
         basis = self.proj_back_n.T.abs()
@@ -58,6 +64,8 @@ class SparseAttention(nn.Module):
     It is a mask on dense attention, as in the official code: fewer pairs count, no time is saved.
     """
 
+    ledger: list[Tensor] | None = None  # where a pass that trains the predictor notes how far off it is
+
     def __init__(self, dim: int, heads: int, tokens: int, **predictor: Any) -> None:
         super().__init__()
         self.heads = heads
@@ -71,7 +79,13 @@ class SparseAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "n tokens dim"]) -> Float[Tensor, "n tokens dim"]:
         q, k, v = self.split(x)
-        out = F.scaled_dot_product_attention(q, k, v, self.mask_predictor(q, k).mask)
+        if self.ledger is None or not torch.is_grad_enabled():
+            out = F.scaled_dot_product_attention(q, k, v, self.mask_predictor(q, k).mask)
+        else:
+            attention = (q @ k.transpose(2, 3) * q.shape[3] ** -0.5).softmax(-1)
+            guess = self.mask_predictor.dense(q, k) @ self.mask_predictor.proj_back_n.T  # [N,H,T-1,T]
+            self.ledger.append((guess - attention[:, :, 1:].detach()).square().sum() / len(x))
+            out = attention @ v
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
@@ -147,6 +161,13 @@ class Sparsifiner(BackboneEncoder):
 
     Its predictors know the number of tokens, so pictures have one size: the published 224 pixels, or ``config: {size:
     ...}`` beside ``image`` for weights of one's own.
+
+    reconstruct: share of the predictors' loss in training, for the first phase of the published recipe; 0 for none, and
+    then they stay as they are, for a mask has no gradient. A layer's loss is the squared difference between its
+    attention without a mask and the guess with the whole basis, summed over heads and pairs, for a picture; the loss is
+    the mean over layers. While it counts, nothing is masked, as published. The target is the network's own attention
+    (of the dense DeiT that its weights begin with, the authors' teacher; their code has its own attention too), and
+    their 0.01 for the sum over 168 pictures is 1.68 here.
     """
 
     source: ClassVar[str] = "Sparsifiner (CVPR 2023), section 3; official code"
@@ -160,6 +181,32 @@ class Sparsifiner(BackboneEncoder):
     smallest = 16
     blind = "its attention is masked by a predictor"
     cuts = "its mask predictor knows every token by its place"
+
+    def __init__(
+        self,
+        variant: str,
+        weights: str | None = None,
+        layer: int = -2,
+        image: int | None = None,
+        config: Mapping[str, Any] | None = None,
+        reconstruct: float = 0.0,
+    ) -> None:
+        if not 0 <= reconstruct < float("inf"):
+            raise ModelError(f"model.vision.reconstruct: expected a share of 0 or more; found {reconstruct}")
+        super().__init__(variant, weights, layer, image, config)
+
+    @contextmanager
+    def auxiliary(self) -> Iterator[Mapping[str, Auxiliary]]:
+        """How far the predictors of the passes inside are from the attention, for whoever trains the encoder."""
+        share, found = self.made_with["reconstruct"], []
+        layers = [module for module in self.modules() if share and isinstance(module, SparseAttention)]
+        for layer in layers:
+            layer.ledger = found
+        try:
+            yield {"reconstruction": Auxiliary(share, found)} if share else {}
+        finally:
+            for layer in layers:
+                layer.ledger = None
 
     def _check(self, images: Tensor) -> None:
         size = self.model.size

@@ -17,6 +17,7 @@ from vlm.models.lora import adapters
 from vlm.models.program.attach import attach
 from vlm.models.program.budget import Budget
 from vlm.recipe.schema import KeepSchedule, Schedule, Stage
+from vlm.training.auxiliary import added, noting
 from vlm.training.datamodule import gather
 from vlm.training.errors import TrainingError
 from vlm.training.loss import Loss
@@ -91,9 +92,11 @@ class TrainingModule(LightningModule):
             self.trainer.strategy.shard(self)
 
     def forward(self, batch: Any) -> Loss:
-        """The objective's loss of a batch. Everything a step reads is read in here: what shards the module gathers its
-        weights when it is called."""
-        return self.objective(self.model, batch)
+        """The objective's loss of a batch, and what the vision encoder adds to it. Everything a step reads is read in
+        here: what shards the module gathers its weights when it is called."""
+        with noting(self.model) as terms:
+            loss = self.objective(self.model, batch)
+        return added(loss, terms, batch)
 
     def on_before_batch_transfer(self, batch: MicroBatch, dataloader_idx: int) -> MicroBatch:
         """Count where the batch still lies in the CPU's memory, so that no step waits for the GPU to tell a number."""

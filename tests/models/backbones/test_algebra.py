@@ -6,10 +6,10 @@ from torch.nn import functional as F
 
 from vlm.models.backbones.biformer import RoutedAttention
 from vlm.models.backbones.litv2 import HiLo
-from vlm.models.backbones.moh import MohNet
 from vlm.models.backbones.nat import NeighborhoodAttention
-from vlm.models.backbones.overlock import ContMixBlock, OverlockNet
+from vlm.models.backbones.overlock import OverlockNet
 from vlm.models.backbones.vsa import VariedSizeWindowAttention
+from vlm.models.contmix import ContMix, ContMixBlock
 
 
 @torch.no_grad()
@@ -75,12 +75,8 @@ def test_merged_convolutions_do_the_same(side):
         torch.testing.assert_close(merged, value, rtol=1e-3, atol=1e-4)
 
 
-def test_the_balance_of_even_routers_is_the_number_of_heads_routed_to():
-    net = MohNet((12, 24, 48, 96), (1, 1, 2, 1), (2, 1, 2, 3), (0, 1, 3, 4), head_dim=6)
-    with net.balancing() as found:
-        net(torch.randn(1, 3, 64, 64))
-    assert len(found) == 4  # of the stages that route
-    for value, least in zip(found, (1, 3, 3, 4), strict=True):
-        assert value > 0.9 * least and value.requires_grad
-    net(torch.randn(1, 3, 64, 64))
-    assert len(found) == 4
+@torch.no_grad()
+def test_a_block_with_dynamic_kernels_takes_maps_smaller_than_its_window():
+    block = ContMix(8, 1, 9, scale=1.0).eval()
+    assert block(torch.randn(2, 8, 5, 12)).shape == (2, 8, 5, 12)
+    assert block.enlarged(torch.randn(1, 8, 5, 12)).shape[2:] == (9, 21)

@@ -11,6 +11,7 @@ from vlm.models.backbones.nat import Nat, NeighborhoodAttention
 from vlm.models.backbones.overlock import Overlock
 from vlm.models.backbones.transnext import Transnext
 from vlm.models.backbones.vsa import VariedSizeWindowAttention, Vsa
+from vlm.models.contmix import ContMix
 
 PUBLISHED = {
     Biformer: {name: f"biformer_{name}" for name in Biformer.variants},
@@ -36,13 +37,10 @@ TOLERANCE = 1e-4  # largest difference, in deviations of what the authors' modul
     [(kind, variant) for kind in PUBLISHED for variant in kind.variants],
     ids=lambda value: value if isinstance(value, str) else value.__name__.lower(),
 )
-def test_published_weights_fit(backbone, variant, published):
-    count, entries = published(PUBLISHED[backbone][variant])
+def test_published_weights_fit(backbone, variant, published, entries):
     with torch.device("meta"):
         network = backbone.whole(variant)
-    assert sum(parameter.numel() for parameter in network.parameters()) == count
-    found = {key: (str(list(v.shape)), str(v.dtype).removeprefix("torch.")) for key, v in network.state_dict().items()}
-    assert found == entries
+    assert entries(network) == published(PUBLISHED[backbone][variant])
 
 
 @torch.no_grad()
@@ -103,3 +101,16 @@ def test_the_convolutional_glu_returns_what_the_authors_does(filled, drawn, offi
     expected = official("conv_glu_d48_h192")
     found = filled(ConvGlu(48, 192))(drawn(1, 2, 196, 48), (14, 14))
     assert (found - expected).abs().max() < TOLERANCE * expected.std()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("entry", "shortcut"), [("out", True), ("branch", False)])
+def test_the_block_with_dynamic_kernels_returns_what_the_authors_does(entry, shortcut, filled, drawn, off):
+    """The stand-alone block; the golden has its two places of the layer scale, from the authors' ``models/contmix.py``
+    run here (dim 64, 2 heads, kernels 7 and 5, seed 1)."""
+    block = filled(ContMix(64, 2, 7, 5, 4, scale=1.0, shortcut=shortcut))
+    assert off(block(drawn(1, 1, 64, 14, 14)), "contmix_d64_h2_k7_14x14", entry) < TOLERANCE
+
+
+def test_published_weights_fit_the_block_with_dynamic_kernels(entries, published):
+    assert entries(ContMix(64, 2, 13, scale=1.0)) == published("contmix_block_d64_k13")

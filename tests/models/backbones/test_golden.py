@@ -3,15 +3,9 @@
 Goldens are made with weights and inputs that are functions of a key and a seed (tests/golden/backbones; numbers only).
 """
 
-import math
-import zlib
-from pathlib import Path
-
-import numpy
 import pytest
 import timm
 import torch
-from torch import Tensor, nn
 
 from vlm.models.backbones.dependencyvit import Dependencyvit, ReversedAttention
 from vlm.models.backbones.dynamic_perceiver import DynamicPerceiver
@@ -20,52 +14,6 @@ from vlm.models.backbones.metaspikeformer import Metaspikeformer, SpikeAttention
 from vlm.models.backbones.sparsifiner import Sparsifiner
 from vlm.models.heads.ep import EfficientProbing
 from vlm.models.heads.vwformer import VaryingWindowHead
-
-FOLDER = Path(__file__).parent.parent / "golden/backbones"
-
-
-def filled(module: nn.Module, gain: float = 0.7, small: float = 0.05) -> nn.Module:
-    state = {}
-    for key, value in module.state_dict().items():
-        if not value.is_floating_point():
-            continue
-        n = numpy.random.Generator(numpy.random.PCG64(zlib.crc32(key.encode()))).standard_normal(tuple(value.shape))
-        if key.endswith("running_var"):
-            n = 1 + 0.1 * abs(n)
-        elif key.endswith("running_mean"):
-            n = 0.1 * n
-        elif value.ndim <= 1 and key.endswith("weight"):
-            n = 1 + 0.1 * n
-        else:
-            n = n * gain / math.sqrt(math.prod(value.shape[1:])) if value.ndim > 1 else small * n
-        state[key] = torch.tensor(n, dtype=torch.float32)
-    module.load_state_dict(state, strict=False)
-    return module.eval()
-
-
-def made(seed: int, *shape: int) -> Tensor:
-    drawn = numpy.random.Generator(numpy.random.PCG64(seed)).standard_normal(shape)
-    return torch.tensor(drawn, dtype=torch.float32)
-
-
-def off(found: Tensor, name: str, entry: str = "out") -> float:
-    """The largest difference from the golden, in its standard deviations."""
-    golden = torch.tensor(numpy.load(FOLDER / f"{name}.npz")[entry])
-    assert found.shape == golden.shape
-    return float((found.detach() - golden).abs().max() / golden.std())
-
-
-def published(name: str) -> tuple[int, dict[str, str]]:
-    """Parameters, and the shape of every entry by key."""
-    first, *rest = (FOLDER / f"{name}.txt").read_text().splitlines()
-    count = int(first.split("params=")[1].split()[0])
-    return count, {key: shape for key, shape, _ in (line.split("\t") for line in rest)}
-
-
-def of(module: nn.Module) -> tuple[int, dict[str, str]]:
-    shapes = {key: str(list(value.shape)) for key, value in module.state_dict().items()}
-    return sum(p.numel() for p in module.parameters()), shapes
-
 
 WHOLE = {
     Sparsifiner: {"s": "sparsifiner_s_rn6_rc2", "b": "sparsifiner_b_rn6_rc2"},
@@ -96,9 +44,9 @@ WHOLE = {
     [(kind, variant, file) for kind, files in WHOLE.items() for variant, file in files.items()],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
-def test_published_weights_fit(backbone, variant, file):
+def test_published_weights_fit(backbone, variant, file, entries, published):
     with torch.device("meta"):
-        assert of(backbone.whole(variant)) == published(file)
+        assert entries(backbone.whole(variant)) == published(file)
 
 
 def test_every_published_variant_is_compared():
@@ -108,68 +56,68 @@ def test_every_published_variant_is_compared():
 
 
 @pytest.mark.parametrize("size", ["small", "base", "large"])
-def test_a_grouped_vit_has_the_published_keys(size):
+def test_a_grouped_vit_has_the_published_keys(size, entries, published):
     with torch.device("meta"):
         vit = timm.create_model(f"vit_{size}_patch16_224")
         group_attention(vit, kind="gqa")
-    assert of(vit) == published(f"kdgqa_vit_{size[0]}_gqa")
+    assert entries(vit) == published(f"kdgqa_vit_{size[0]}_gqa")
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("queries", "reduce"), [(32, 1), (16, 4), (1, 1)])
-def test_efficient_probing(queries, reduce):
+def test_efficient_probing(queries, reduce, filled, drawn, off, entries, published):
     module, name = EfficientProbing(768, queries, reduce), f"ep_d768_q{queries}_dout{reduce}"
-    assert of(module) == published(name)
+    assert entries(module) == published(name)
     if queries > 1:
-        assert off(filled(module)(made(1, 2, 196, 768)), name) < 1e-5
+        assert off(filled(module)(drawn(1, 2, 196, 768)), name) < 1e-5
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["gqa", "kdgqa", "dgqa_diff"])
-def test_grouped_attention(kind):
+def test_grouped_attention(kind, filled, drawn, off, entries, published):
     module = GroupedAttention(384, 12, 6, kind)
     if kind != "dgqa_diff":  # it also keeps the sizes of its groups
-        assert of(module) == published(f"{kind}_attn_d384_h12")
-    assert off(filled(module)(made(1, 2, 50, 384)), f"{kind}_attn_d384_h12_kv6") < 1e-5
+        assert entries(module) == published(f"{kind}_attn_d384_h12")
+    assert off(filled(module)(drawn(1, 2, 50, 384)), f"{kind}_attn_d384_h12_kv6") < 1e-5
 
 
 @torch.no_grad()
-def test_varying_windows():
+def test_varying_windows(filled, drawn, off, entries, published):
     widths = {"tiny": (96, 192, 384, 768), "base": (128, 256, 512, 1024)}
     for size, each in widths.items():
         with torch.device("meta"):
-            assert of(VaryingWindowHead(each, 150)) == published(f"vwhead_{size}_c512")
+            assert entries(VaryingWindowHead(each, 150)) == published(f"vwhead_{size}_c512")
     strides = enumerate(zip(widths["tiny"], (4, 8, 16, 32), strict=True))
-    maps = [made(level, 1, width, 256 // stride, 256 // stride) for level, (width, stride) in strides]
+    maps = [drawn(level, 1, width, 256 // stride, 256 // stride) for level, (width, stride) in strides]
     assert off(filled(VaryingWindowHead(widths["tiny"], 150)).decode(maps), "vwhead_tiny_c512") < 1e-5
 
 
 @torch.no_grad()
-def test_reversed_attention():
+def test_reversed_attention(filled, drawn, off):
     name = "reversed_attn_d96_h6_n49"
-    said = filled(ReversedAttention(96, 6))(made(1, 2, 49, 96), torch.ones(2, 49))
+    said = filled(ReversedAttention(96, 6))(drawn(1, 2, 49, 96), torch.ones(2, 49))
     assert off(said.out, name) < 1e-5
     assert off(said.voice, name, "m") < 1e-5
     assert off(said.received, name, "received") < 1e-5
 
 
 @torch.no_grad()
-def test_sparsifiner():
+def test_sparsifiner(filled, drawn, off):
     model = filled(Sparsifiner.whole("s"))
-    assert off(model(made(0, 1, 3, 224, 224)), "sparsifiner_s_rn6_rc2", "x") < 1e-4
+    assert off(model(drawn(0, 1, 3, 224, 224)), "sparsifiner_s_rn6_rc2", "x") < 1e-4
 
 
 @torch.no_grad()
-def test_spikes():
+def test_spikes(filled, drawn, off):
     # Nearly every number of these is a whole multiple: thresholds are hit alike, or an error is large.
     attention = filled(SpikeAttention(64, 8), gain=4.0, small=1.0)
-    assert off(attention(4 * made(1, 2, 1, 64, 7, 7)), "sdsa_d64_h8_T2_7x7") < 1e-4
+    assert off(attention(4 * drawn(1, 2, 1, 64, 7, 7)), "sdsa_d64_h8_T2_7x7") < 1e-4
     model = filled(Metaspikeformer.whole("31m"), gain=4.0, small=1.0)
-    assert off(model(made(0, 1, 3, 224, 224)), "metaspikformer_8_384", "logits") < 0.05
+    assert off(model(drawn(0, 1, 3, 224, 224)), "metaspikformer_8_384", "logits") < 0.05
 
 
 @torch.no_grad()
-def test_four_exits():
+def test_four_exits(filled, drawn, off):
     model = filled(DynamicPerceiver.whole("resnet50_x0.5"))
-    for number, logits in enumerate(model.exits(made(0, 1, 3, 224, 224))):
+    for number, logits in enumerate(model.exits(drawn(0, 1, 3, 224, 224))):
         assert off(logits, "resnet50_050_perceiver_t128", f"out{number}") < 1e-4
