@@ -46,7 +46,7 @@ class Run:
     state in the pass that was last. grids: rows and columns of each image's tokens before any cut, where all images are
     such grids. packed: whether the sequences are packs of samples; lengths: of each, where that is all that attention
     needs to know (see :mod:`vlm.models.pack`). memo: what stays as it is while an answer
-    grows; other rows begin without.
+    grows, of any rows of it; tensors in it have the batch first.
     """
 
     def __init__(self, layout: Layout, side: Side, seed: Int[Tensor, " images"]) -> None:
@@ -148,9 +148,9 @@ class Run:
         """The run of a batch whose row i is row ``index[i]`` of this one. What was cut of the prompt is forgotten."""
         taken = copy(self)
         batch = len(self.total)
-        for name in ("layouts", "asks", "total", "held", "memory", "inner", "_signals", "_asks"):
+        for name in ("layouts", "asks", "total", "held", "memory", "inner", "memo", "_signals", "_asks"):
             setattr(taken, name, _rows(getattr(self, name), index, batch))
-        taken.kept, taken.deep, taken._masks, taken.memo = {}, [], {}, {}
+        taken.kept, taken.deep, taken._masks = {}, [], {}
         return taken
 
     def mask(self, first: int, rows: int) -> Bool[Tensor, "batch 1 rows keys"] | None:
