@@ -80,7 +80,7 @@ class Static:
         if self.renormalise:
             total = (gain * mass).sum(-1, keepdim=True)  # [B,H,Q,1], 0 in a row that sees nothing
             gain = gain / torch.where(total > 0, total, 1)
-        return torch.where(rows[:, None, :, None], gain, 1.0)
+        return torch.where(rows[:, None, :, None], gain.expand(mass.shape), 1.0)
 
 
 @dataclass(frozen=True)

@@ -260,8 +260,9 @@ class Engine:
     ) -> Float[Tensor, "batch 1 heads dim"] | None:
         """A generated token's attention where an op changes it; None where it is plain."""
         ops = () if run.prompt else self.rescores.get(layer) or self.regroups.get(layer)
-        common = self._common(run, layer, 1, scale) if ops else {}
-        return only_row(ops[0], q, k, v, self.sight(run, layer), self.impl, common) if ops else None
+        if not ops:
+            return None
+        return only_row(ops[0], q, k, v, self.sight(run, layer), self.impl, self._common(run, layer, 1, scale))
 
     def sight(self, run: Run, layer: int) -> Keys:
         """What an op inside the layer sees."""
