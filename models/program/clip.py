@@ -22,8 +22,8 @@ def clip_relevance(facts: Facts, name: str, who: str) -> Given:
 
     Raises ModelError where there is no such CLIP, or no patch stands behind each visual token.
     """
-    if "vit.out" in facts.refuses:
-        why = facts.refuses["vit.out"].partition(";")[0]
+    if why := facts.refuses.get("vit.out") or facts.refuses.get("patch_features"):
+        why = why.partition(";")[0]
         raise ModelError(
             f"{who}: relevance: expected a patch behind each visual token; {why}; use relevance: language instead"
         )

@@ -101,14 +101,14 @@ class Tokens:
 
     total: tokens of each segment before any cut. images: images of each segment; image: which of them each token
     belongs to, numbered over the batch. row, col: its place in the image's grid. size: how many tokens it is the mean
-    of, None before any merging. seed is an integer that depends on the segment's pixels only, so that random choices do
-    not depend on which other samples share the batch. signal gives a signal's values for these tokens (its key axis is
-    this segment's tokens).
+    of, None before any merging. seed gives an integer that depends on the segment's pixels only, so that random choices
+    do not depend on which other samples share the batch. signal gives a signal's values for these tokens (its key axis
+    is this segment's tokens).
     """
 
     x: Float[Tensor, "segments tokens width"]
     valid: Bool[Tensor, "segments tokens"]
-    seed: Int[Tensor, " segments"]
+    seed: Callable[[], Int[Tensor, " segments"]]
     signal: Callable[[Signal], Tensor]
     total: Int[Tensor, " segments"]
     images: Int[Tensor, " segments"]
@@ -116,7 +116,7 @@ class Tokens:
     row: Int[Tensor, "segments tokens"]
     col: Int[Tensor, "segments tokens"]
     size: Float[Tensor, "segments tokens"] | None = None
-    text: Text | None = None
+    text: Callable[[], Text] | None = None  # found when it is asked for
 
     @classmethod
     def of_images(
@@ -130,12 +130,12 @@ class Tokens:
         """Segments that are whole images, before any cut, in raster order of ``columns`` columns."""
         place, one = torch.arange(x.shape[1], device=x.device).expand(valid.shape), torch.ones_like(seed)
         image = torch.arange(len(x), device=x.device)[:, None].expand(valid.shape)
-        return cls(x, valid, seed, signal, valid.sum(1), one, image, place // columns, place % columns)
+        return cls(x, valid, lambda: seed, signal, valid.sum(1), one, image, place // columns, place % columns)
 
     @property
     def text_tokens(self) -> Text:
         assert self.text is not None  # check() lets only selectors of the language model ask
-        return self.text
+        return self.text()
 
 
 class Selector(NamedTuple):

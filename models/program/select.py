@@ -204,7 +204,7 @@ def uniform_random(seed: int) -> Selector:
     """A uniformly random subset, drawn anew for each segment from ``seed`` and the segment's pixels."""
 
     def choose(tokens: Tokens, count: Int[Tensor, " segments"]) -> Bool[Tensor, "segments tokens"]:
-        return top(random_scores(tokens.valid, tokens.seed, seed), tokens.valid, count)
+        return top(random_scores(tokens.valid, tokens.seed(), seed), tokens.valid, count)
 
     return Selector(choose)
 

@@ -1,10 +1,23 @@
 """Operations on batched segments, against Python's own sort and loops."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm.models.program.segments import cosine, descending, marks, numbers, places, ranks, rows_at, unit, weighted_sums
+from vlm.models.program.perturb import pixel_seed
+from vlm.models.program.segments import (
+    cosine,
+    descending,
+    marks,
+    members,
+    numbers,
+    places,
+    ranks,
+    rows_at,
+    unit,
+    weighted_sums,
+)
 
 ROWS = st.lists(st.tuples(st.sampled_from([-torch.inf, 0.0, 1.0]), st.booleans()), min_size=1, max_size=9)
 
@@ -29,6 +42,23 @@ def test_places_pad_shorter_segments_on_the_right():
     assert index[there].tolist() == [0, 2, 1]
     assert there.tolist() == [[True, True], [True, False]]
     assert places(torch.zeros(2, 3, dtype=torch.bool))[0].shape == (2, 0)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=9))
+def test_members_of_groups(rows):
+    group, valid = torch.tensor([[g for g, _ in rows]]), torch.tensor([[v for _, v in rows]])
+    index, there = members(group, valid)
+    assert index.shape[1] == max(g for g, _ in rows) + 1
+    for g in range(index.shape[1]):
+        assert index[0, g, there[0, g]].tolist() == [t for t, row in enumerate(rows) if row == (g, True)]
+
+
+@pytest.mark.parametrize("pixels", [7, 8190, 8191, 8192, 20_000])
+def test_a_pixel_seed_weighs_every_pixel_by_its_place(pixels):
+    images = torch.randn(2, pixels)
+    for image, seed in zip(images, pixel_seed(images).tolist(), strict=True):
+        bits = image.view(torch.int32).tolist()
+        assert seed == sum(value * ((place + 1) % 8191) for place, value in enumerate(bits)) % 2**40
 
 
 def test_marks_do_not_mind_repeats_beyond_the_count():

@@ -227,14 +227,14 @@ def test_places_are_of_the_patches_that_the_encoder_sees_in_a_view(make_model):
     program = pruner("hired", Budget(tokens=3), Debias(1.0), early=0).program(model.facts)
     engine = VisionEngine(model.vision, program, 4, "auto")
     for columns, last in ((None, 35), (torch.tensor([[6], [3]]), 5)):
-        engine.begin(torch.tensor([1, 2]), torch.tensor([0, 1]), real, columns)
+        engine.begin(lambda: torch.tensor([1, 2]), torch.tensor([0, 1]), real, columns)
         assert engine.now is not None
         place = engine.now.signals[PatchPlace()]
         torch.testing.assert_close(place[0], PLACE / 35)
         torch.testing.assert_close(place[1, : last + 1], torch.arange(last + 1) / last)
     with pytest.raises(ModelError, match="this model does not tell PatchShown"):
         padded = pruner("hired", Budget(tokens=3), Debias(1.0, 0.5), early=0).program(model.facts)
-        VisionEngine(model.vision, padded, 4, "auto").begin(torch.tensor([1]))
+        VisionEngine(model.vision, padded, 4, "auto").begin(lambda: torch.tensor([1]), torch.tensor([0]))
 
 
 def test_where_no_patch_shows_enough_none_is_padding(clear, batch, by_eye):

@@ -269,6 +269,29 @@ def test_without_stages_the_checkpoint_itself_is_judged(
     assert (tmp_path / "run/report.html").stat().st_size > 10_000
 
 
+def test_a_pruner_inside_the_encoder_of_qwen_is_planned_trained_and_judged(
+    whole: Any, stand_ins: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half of the visual tokens come out of the encoder, a quarter of them out of the second decoder layer."""
+    whole("qwen2_5_vl")
+    scenes = stand_ins / "scenes"
+    pope = f"{{use: pope, questions: [{scenes}/benchmarks/pope_random.json], images: {scenes}/test, limit: 6}}"
+    chair = (
+        f"{{use: chair, truth: {scenes}/benchmarks/chair.json, synonyms: {scenes}/benchmarks/synonyms.txt,"
+        f" images: {scenes}/test, limit: 4, max_new_tokens: 4}}"
+    )
+    arguments = [str(tmp_path / "whole.yaml"), f"run.dir={tmp_path / 'run'}", "evaluate.pictures=2", FULL]
+    method = "{use: flowcut, keep: 25%, form: qwen, position: keep}"
+    arguments += ["stages.0.steps=2", f"prune={method}", f"evaluate.compare=[{{}}, {{prune: {method}}}]"]
+    arguments += [f"evaluate.benchmarks={{pope: {pope}, chair: {chair}}}"]
+    assert main(["plan", *arguments]) == 0
+    assert "Visual tokens per image: depends on the image" in capsys.readouterr().out
+    assert main(["run", *arguments]) == 0
+    results = json.loads((tmp_path / "run/evaluation.json").read_text())["results"]
+    kept = [result["cost"]["visual_tokens"]["per_layer"] for result in results]
+    assert kept == [[25] * 4, [12, 12, 6, 6]]
+
+
 @pytest.mark.parametrize(
     ("kind", "override", "expected"),
     [
@@ -277,7 +300,13 @@ def test_without_stages_the_checkpoint_itself_is_judged(
         ("llava", "stages.0.objective=tags",
          "objective tags trains a part of a composed model by itself; found model.from"),
         ("qwen2_5_vl", "prune={use: visionzip, keep: 50%}",
-         "visionzip: qwen2_5_vl encodes and projects images in one step of Transformers; prune at llm.in instead"),
+         "visionzip: it ranks tokens by the class token's attention, and this vision encoder has no class token; "
+         "set attention: received"),
+        ("qwen2_5_vl", "prune={use: flowcut, keep: 50%, form: qwen}",
+         "position ids on three axes cannot be counted anew; set position: keep (found reindex)"),
+        ("qwen2_5_vl", "prune={use: tome, keep: 50%, position: keep}",
+         "vit.mid[0]: patches that the connector merges go together here, from block to block and not inside one; use "
+         "a pruner that cuts at vit.after, vit.out or llm.in"),
         ("qwen2_5_vl", "prune={use: stride, keep: 50%, position: reindex}",
          "position ids on three axes cannot be counted anew; set position: keep (found reindex)"),
         ("qwen2_5_vl", "prune={use: stride, keep: 9, position: keep, schedule: {over: 50%}}",
