@@ -42,7 +42,7 @@ from vlm.models.program.cache import (
 from vlm.models.program.contexts import MAIN
 from vlm.models.program.cutting import given, resequence, tokens_of
 from vlm.models.program.inner import watch
-from vlm.models.program.inside import hook_encoder, hook_layers, put_row, regrouped, rescored
+from vlm.models.program.inside import hook_encoder, hook_layers, only_row, ops_at, put_row, regrouped, rescored
 from vlm.models.program.layout import compact
 from vlm.models.program.program import (
     LLM_IN,
@@ -87,13 +87,13 @@ class Engine:
         self.inner = sorted({layers for op in readers for layers in op.inner})
         self.asked = self.answered = 0  # prompts of the cascade, and those whose first answer stood
         self.cuts: dict[int, Select] = {}
-        self.regroups = _at(program, Regroup)
-        self.rescores = _at(program, Rescore)
-        self.gates = _at(program, Gate)
-        self.edits = _at(program, Edit)
+        self.regroups = ops_at(program, Regroup)
+        self.rescores = ops_at(program, Rescore)
+        self.gates = ops_at(program, Gate)
+        self.edits = ops_at(program, Edit)
         self.acts_in_layers = bool(self.gates or self.edits)
         self.edits_encoder = any(site.name == "vit.resid" for site, _ in program)
-        self.taps = _at(program, Tap)
+        self.taps = ops_at(program, Tap)
         self.evict = next((op for _, op in program if isinstance(op, Evict)), None)
         self.evict_step = next((op for _, op in program if isinstance(op, EvictStep)), None)
         self.read_step = next((op for _, op in program if isinstance(op, ReadStep)), None)
@@ -248,7 +248,7 @@ class Engine:
                 for signal in wanted:
                     run.put(signal, signal.read(seen).detach())
                 self.watch.see(run, layer, seen)
-        for op in self.regroups.get(layer, ()):
+        for op in self.regroups.get(layer, ()) if run.prompt else ():
             keys, common = self.sight(run, layer), self._common(run, layer, q.shape[2], scale)
             out = regrouped(op, q, k, v, out, keys, self.impl, common)
         if layer in self.rescores and run.prompt:
@@ -258,9 +258,20 @@ class Engine:
             tap.receive(run.get(tap.signal, layer), run.layouts[run.stage(layer)])
         return out
 
+    def only_row(
+        self, run: Run, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None
+    ) -> Float[Tensor, "batch 1 heads dim"] | None:
+        """A generated token's attention where an op changes it; None where it is plain."""
+        ops = () if run.prompt else self.rescores.get(layer) or self.regroups.get(layer)
+        if not ops:
+            return None
+        return only_row(ops[0], q, k, v, self.sight(run, layer), self.impl, self._common(run, layer, 1, scale))
+
     def sight(self, run: Run, layer: int) -> Keys:
         """What an op inside the layer sees."""
-        return Keys(run.layouts[run.stage(layer)], lambda signal: run.keys_signal(signal, layer))
+        first = run.stage(layer)
+        memo = None if run.prompt else run.memo.setdefault(first, {})
+        return Keys(run.layouts[first], lambda signal: run.keys_signal(signal, layer), memo)
 
     def _attention(self, run: Run, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Attention:
         layout, common = run.layouts[run.stage(layer)], self._common(run, layer, q.shape[2], scale)
@@ -361,15 +372,6 @@ class Engine:
 Observer = Callable[[int, Attention], None]
 
 
-def _at(program: Program, kind: type) -> dict[int, list[Any]]:
-    """The ops of a kind by their layer, in order."""
-    found: dict[int, list[Any]] = {}
-    for site, op in program:
-        if isinstance(op, kind):
-            found.setdefault(site.layer, []).append(op)
-    return found
-
-
 def _by_layer(signals: Any) -> dict[int, list[Signal]]:
     found: dict[int, list[Signal]] = {}
     for signal in sorted(signals, key=repr):  # the same order in every process
@@ -412,10 +414,8 @@ def _program_attention(
         attention_mask = None
         if valid is not None:
             attention_mask = valid.repeat_interleave(query.shape[1] // valid.shape[1], 1)[:, :, None]
-    if engine is not None and run is not None and layer in engine.rescores and not run.prompt:
-        (op,) = engine.rescores[layer]  # the only row, so nothing plain is due
-        out = rescored(op, query, key, value, engine.sight(run, layer), scaling)[0][:, None]
-    else:
+    out = None if engine is None or run is None else engine.only_row(run, layer, query, key, value, scaling)
+    if out is None:
         out, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )

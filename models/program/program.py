@@ -18,6 +18,7 @@ from vlm.models.errors import ModelError
 from vlm.models.program.budget import Budget
 from vlm.models.program.cache import Evict, EvictStep, ReadStep
 from vlm.models.program.contexts import Context
+from vlm.models.program.keys import Keys
 from vlm.models.program.layout import Layout
 from vlm.models.program.reduce import Reduced
 from vlm.models.program.schedule import budgets
@@ -167,28 +168,13 @@ class Select:
     weigh: bool = False
 
 
-class Keys(NamedTuple):
-    """What an op inside a layer sees: the layout of the layer's keys and the signals it asked for, as the prompt gave
-    them; tokens generated since have 0."""
-
-    layout: Layout
-    signal: Callable[[Signal], Tensor]
-
-    @property
-    def question(self) -> Bool[Tensor, "batch keys"]:
-        """The prompt's text after the last image; generated tokens are no part of it. None of a sample without one."""
-        layout = self.layout
-        after = layout.last(layout.visual)[:, None]
-        place = torch.arange(layout.role.shape[1], device=layout.role.device)
-        return layout.valid & (layout.source >= 0) & (after >= 0) & (place > after)
-
-
 @dataclass(frozen=True)
 class Regroup:
     """Op at ``attn[l]``: reweigh groups of keys by ``rule`` in the rows after the last image token.
 
-    ``groups(keys)`` gives each key its group, in each head where heads differ. Cache and cost of other rows are
-    untouched. everywhere: all rows instead, those of samples without an image among them.
+    ``groups(keys)`` gives each key its group, in each head where heads differ. It is asked for the prompt and for the
+    first generated token; later ones are in the group of that one, and keys of the prompt stay in theirs. Cache and
+    cost of other rows are untouched. everywhere: all rows instead, those of samples without an image among them.
     """
 
     groups: Callable[[Keys], Int[Tensor, "batch keys"] | Int[Tensor, "batch heads keys"]]

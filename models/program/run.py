@@ -47,8 +47,8 @@ class Run:
     state in the pass that was last. grids: rows and columns of each image's tokens before any cut, where all images are
     such grids. packed: whether the sequences are packs of samples; lengths: of each, where that is all that attention
     needs to know (see :mod:`vlm.models.pack`). memo: what stays as it is while an answer
-    grows; other rows begin without. watchers: who adds up signals that all layers have a say in.
-    rotary: position embeddings of the pass, by the first layer of the stage and what else they depend on.
+    grows, of any rows of it; tensors in it have the batch first. watchers: who adds up signals that all layers have a
+    say in. rotary: position embeddings of the pass, by the first layer of the stage and what else they depend on.
     """
 
     def __init__(self, layout: Layout, side: Side, seed: Callable[[], Int[Tensor, " images"]]) -> None:
@@ -155,9 +155,9 @@ class Run:
         """The run of a batch whose row i is row ``index[i]`` of this one. What was cut of the prompt is forgotten."""
         taken = copy(self)
         batch = len(self.total)
-        for name in ("layouts", "asks", "total", "held", "memory", "inner", "_signals", "_asks"):
+        for name in ("layouts", "asks", "total", "held", "memory", "inner", "memo", "_signals", "_asks"):
             setattr(taken, name, _rows(getattr(self, name), index, batch))
-        taken.kept, taken.deep, taken._masks, taken.memo, taken.rotary = {}, [], {}, {}, {}
+        taken.kept, taken.deep, taken._masks, taken.rotary = {}, [], {}, {}
         return taken
 
     def mask(self, first: int, rows: int) -> Bool[Tensor, "batch 1 rows keys"] | None:
