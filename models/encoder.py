@@ -90,7 +90,8 @@ def unread(encoder: Any) -> list[str]:
     own: Any = encoder.auxiliary() if hasattr(encoder, "auxiliary") else nullcontext({})
     with torch.enable_grad(), own as terms:
         total = functional_call(encoder, (weights, buffers), (blank,)).tokens.sum()
-        total = sum((value for term in terms.values() for value in term.values), total)
+        for term in terms.values():
+            total = total + torch.stack(term.values).sum()
     found = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
     return [name for name, gradient in zip(weights, found, strict=True) if gradient is None]
 

@@ -326,8 +326,6 @@ def head(arguments: Any, device: torch.device, model: nn.Module, shape: Shape) -
     packages = f"torch {torch.__version__}, transformers {transformers.__version__}, timm {timm.__version__}"
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     given = {key: value for key, value in vars(arguments).items() if value is not None and key != "out"}
-    if arguments.pruners.split(",") == names("prune"):
-        del given["pruners"]
     options = [f"--{key} {value}" for key, value in given.items()]
     return [
         "# Prefill under pruners",
