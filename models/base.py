@@ -194,7 +194,11 @@ class BaseVlm(nn.Module):
     def picture_share(self, inputs: Any) -> Float[Tensor, "batch visual"]:
         """How much of each visual token's patch shows the picture and not what it was padded with, before any cut: of
         each row, in order, padded on the right. Raises ModelError where that cannot be said."""
-        raise ModelError(
+        raise ModelError(self._unpadded)
+
+    @property
+    def _unpadded(self) -> str:
+        return (
             "padding: expected a composed model, whose pictures are padded here, and visual tokens that stand for "
             f"places; found {type(self).__name__}"
         )

@@ -50,7 +50,7 @@ class Encoder(Protocol):
 
     More where they are not as usual: blind, why the attention of blocks cannot be read; spatial, False where a
     token's place in the grid does not say which part of the picture it shows; frozen, names of modules that never
-    train.
+    train; kind, the ``model_type`` of an encoder of Transformers.
 
     auxiliary(), of an encoder that is trained with a loss of its own beside the objective's: a context that yields
     :class:`Auxiliary` terms by name, which passes with gradients inside it fill.
@@ -90,7 +90,8 @@ def unread(encoder: Any) -> list[str]:
     own: Any = encoder.auxiliary() if hasattr(encoder, "auxiliary") else nullcontext({})
     with torch.enable_grad(), own as terms:
         total = functional_call(encoder, (weights, buffers), (blank,)).tokens.sum()
-        total = sum((value for term in terms.values() for value in term.values), total)
+        for term in terms.values():
+            total = total + torch.stack(term.values).sum()
     found = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
     return [name for name, gradient in zip(weights, found, strict=True) if gradient is None]
 

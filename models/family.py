@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vlm.models.errors import ModelError
 from vlm.models.program.layout import Layout
-from vlm.models.tower import PLAIN, Tower, Views, has_class_token
+from vlm.models.tower import PLAIN, PackedTower, Tower, Views, has_class_token
 
 
 class Picture(NamedTuple):
@@ -66,8 +66,9 @@ class Family:
         return None
 
     @property
-    def tower(self) -> Tower | None:
-        """The vision encoder for programs, in families whose projector works token by token; else None."""
+    def tower(self) -> Tower | PackedTower | None:
+        """The vision encoder for programs, in families where the places that it hands to the projector are known; else
+        None."""
         return None
 
     @property

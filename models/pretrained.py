@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from vlm.models.program.perturb import edited, insertion
 from vlm.models.program.run import Run
 from vlm.models.program.signals import Vision
 from vlm.models.roles import ROLES
-from vlm.models.tower import Tower
+from vlm.models.tower import PackedTower, Tower
 
 
 class PretrainedInputs(NamedTuple):
@@ -129,7 +129,7 @@ class PretrainedVlm(BaseVlm):
         return [f"model.{place}" for place in self.family.idle]
 
     @property
-    def vision(self) -> Tower | None:
+    def vision(self) -> Tower | PackedTower | None:
         """The vision encoder where programs can see it."""
         return self.family.tower
 
@@ -142,13 +142,15 @@ class PretrainedVlm(BaseVlm):
         tower = self.family.tower
         if tower is None:
             return None
-        return Vision(tower.depth, len(tower.blocks), tower.output, tower.class_token, tower.cuts)
+        blocks, known = len(tower.blocks), {"width": tower.dim, "kind": tower.kind}
+        return Vision(tower.depth, blocks, tower.output, tower.class_token, tower.cuts, **known)
 
     @property
     def refuses(self) -> Mapping[str, str]:
         kind = self.model.config.model_type
         step = f"{kind} encodes and projects images in one step of Transformers; prune at llm.in instead"
-        return {**({} if self.family.tower else {"vit.out": step}), **self.family.refuses}
+        padding = dict.fromkeys(("TokenShown", "PatchShown"), self._unpadded)
+        return {**({} if self.family.tower else {"vit.out": step}), **padding, **self.family.refuses}
 
     def inputs(self, batch: Mapping[str, Any], keys: Sequence[str] = ()) -> PretrainedInputs:
         """The batch that a Hugging Face processor returned (``return_tensors="pt"``), as this model takes it.
@@ -184,7 +186,7 @@ class PretrainedVlm(BaseVlm):
         self, inputs: PretrainedInputs
     ) -> tuple[Float[Tensor, "batch visual width"], Bool[Tensor, "batch visual"]]:
         tower, count = self.family.tower, inputs.visual.sum(1).tolist()
-        if tower is None:
+        if not isinstance(tower, Tower):
             return super().patch_features(inputs)
         if "pixel_values" not in inputs.media:
             return torch.zeros(len(count), 0, 1, device=inputs.tokens.device), inputs.visual[:, :0]
@@ -231,7 +233,8 @@ class PretrainedVlm(BaseVlm):
             embeds = embeds.masked_scatter(inputs.visual[..., None], features)
         elif self.training and any(p.requires_grad for role in ROLES[:2] for p in self.parts[role].parameters()):
             embeds = embeds + self._blank(embeds)
-        seed = torch.cat([pixel_seed(picture.pixels[None]) for picture in pictures] or [inputs.tokens.new_empty(0)])
+        pixels, none = [picture.pixels[None] for picture in pictures], inputs.tokens.new_empty(0)
+        seed = cache(lambda: torch.cat([none, *map(pixel_seed, pixels)]))
         layout, side = self._layout(inputs, pictures), side or ("left" if padded_left else "right")
         total = layout.visual.sum(1)
         if pictures and pictures[0].kept is not None:

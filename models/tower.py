@@ -1,4 +1,5 @@
-"""The vision encoder inside a Hugging Face model whose projector works token by token, as programs see it."""
+"""The vision encoder inside a Hugging Face model, as programs see it: one whose projector works token by token, or one
+that packs its pictures and merges groups of patches."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,6 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vlm.models.base import pixel_seed
+from vlm.models.errors import ModelError
+from vlm.models.program.packed_vision import PackedEncoding, PackedEngine, packed
 from vlm.models.program.reduce import Reduced
 from vlm.models.program.vision import VisionEngine
 
@@ -34,6 +37,7 @@ class Tower:
         self.encoder, self.projector = encoder, projector
         entries = [layer] if isinstance(layer, int) else list(layer)
         self.depth: int = config.num_hidden_layers
+        self.dim, self.kind = config.hidden_size * len(entries), str(config.model_type)
         self.output = max(entry % (self.depth + 1) for entry in entries) - 1
         self.prefix = int(has_class_token(config))
         self.class_token = self.prefix == 1
@@ -60,7 +64,8 @@ class Tower:
 
         def begin(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             pixels = args[0] if args else kwargs["pixel_values"]  # [N,3,H,W]
-            engine.begin(pixel_seed(pixels), *(views or ()))
+            image, real = views or (torch.arange(len(pixels), device=pixels.device), None)
+            engine.begin(lambda: pixel_seed(pixels), image, real)
 
         def finish(module: nn.Module, args: tuple) -> tuple | None:
             cut = engine.finish(args[0])
@@ -89,6 +94,88 @@ class Tower:
         image, number = cut.valid.nonzero(as_tuple=True)
         whole = cut.features.new_zeros(len(cut.place), self.grid[0] * self.grid[1], cut.features.shape[2])
         return whole.index_put((image, cut.place[image, number]), cut.features[image, number])
+
+
+class PackedTower:
+    """What :class:`~vlm.models.program.packed_vision.PackedEngine` asks of an encoder, over the one of Qwen2-VL,
+    Qwen2.5-VL or Qwen3-VL: the patches of all pictures in one row, a merger that makes a group of them one visual token
+    (and in Qwen3-VL mergers of earlier blocks).
+
+    window: side in groups of the windows that order the row; None where pictures stand in raster order.
+    """
+
+    engine = PackedEngine
+    prefix, class_token, cuts = 0, False, ""
+
+    def __init__(self, encoder: Any) -> None:
+        self.encoder, config = encoder, encoder.config
+        self.depth: int = config.depth
+        self.output = self.depth - 1
+        self.merge: int = config.spatial_merge_size
+        # hidden_size is the width after the merger in Qwen2-VL
+        width = getattr(config, "embed_dim", None) or config.hidden_size
+        self.dim, self.kind = width * self.merge**2, str(config.model_type)
+        side = getattr(config, "window_size", None)
+        self.window = None if side is None else side // self.merge // config.patch_size
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return list(self.encoder.blocks)
+
+    def register_forward_hook(self, hook: Any, *, always_call: bool = False) -> Any:
+        return self.encoder.register_forward_hook(hook, always_call=always_call)
+
+    @contextmanager
+    def cutting(self, engine: VisionEngine, views: Views | None) -> Iterator[list[Bool[Tensor, "images tokens"]]]:
+        """As :meth:`Tower.cutting`; of the merger's output, places that are gone hold zeros."""
+        marks: list[Bool[Tensor, "images tokens"]] = []
+        left: list[PackedEncoding] = []  # what came out of the last block
+
+        def begin(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            pixels = args[0] if args else kwargs["hidden_states"]  # [patches, numbers]
+            grids = args[1] if len(args) > 1 else kwargs["grid_thw"]  # [N,3]
+            left.clear()
+            engine.start(self._encoding(pixels, grids))
+
+        def finish(module: nn.Module, args: tuple) -> tuple | None:
+            now = packed(engine)
+            assert now is not None
+            cut = engine.finish(now.unpack(args[0]))
+            if cut is None:
+                return None
+            left.append(now)
+            marks.append(now.marks())
+            return (now.pack(cut.features.to(args[0].dtype)), *args[1:])
+
+        def spread(module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
+            now = left[0] if left else packed(engine)  # the mergers of earlier blocks run before the end
+            return None if now is None or not now.cut else now.spread(out)
+
+        more = getattr(self.encoder, "deepstack_merger_list", ())
+        handles = [
+            self.encoder.register_forward_pre_hook(begin, with_kwargs=True),
+            self.encoder.merger.register_forward_pre_hook(finish),
+            *(merger.register_forward_hook(spread) for merger in (self.encoder.merger, *more)),
+        ]
+        try:
+            yield marks
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _encoding(self, pixels: Tensor, grids: Int[Tensor, "images 3"]) -> PackedEncoding:
+        sizes = grids.tolist()
+        if video := [size for size in sizes if size[0] != 1]:
+            raise ModelError(f"vit: expected images of one frame to cut in the encoder; found {video[0][0]} frames")
+        parts = pixels.split([rows * cols for _, rows, cols in sizes])
+        shapes = [(rows // self.merge, cols // self.merge) for _, rows, cols in sizes]
+        return PackedEncoding.of_grids(
+            lambda: torch.cat([pixel_seed(part[None]) for part in parts]),
+            shapes,
+            self.window,
+            self.merge**2,
+            pixels.device,
+        )
 
 
 def has_class_token(config: Any) -> bool:

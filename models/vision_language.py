@@ -1,7 +1,7 @@
 """The composed vision-language model: encode, prune, project, splice, decode, loss."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -206,7 +206,7 @@ class VisionLanguageModel(BaseVlm):
         return self.vision(inputs.images, self._sizes(inputs)) if self.max_patches else self.vision(inputs.images)
 
     def _seed(self, inputs: Inputs) -> Int[Tensor, " views"]:
-        """An integer of each view's pixels, whatever it is padded to."""
+        """An integer of each view's pixels, whatever it is padded to. Few methods ask: it reads every pixel."""
         if not self.max_patches or not len(inputs.images):
             return pixel_seed(inputs.images)
         return pixel_seed(self.vision.patches(inputs.images, self.vision.grids(self._sizes(inputs)))[0])
@@ -218,18 +218,21 @@ class VisionLanguageModel(BaseVlm):
 
     @property
     def refuses(self) -> Mapping[str, str]:
+        hidden = () if self.spatial else ("TokenShown", "PatchShown")
+        padding: dict[str, str] = dict.fromkeys(hidden, self._unpadded)
         if self.connector.token_wise:
-            return {}
+            return padding
         grids = f"{self.vision.grid} to {self.visual_grid}"
         why = f"the connector {type(self.connector).__name__} mixes tokens, {grids}; prune at llm.in instead"
-        return dict.fromkeys(("vit.mid", "vit.after", "vit.out"), why)
+        return {**dict.fromkeys(("vit.mid", "vit.after", "vit.out"), why), **padding}
 
     @property
     def vision_facts(self) -> Vision:
         encoder = self.vision
         blind = "" if encoder.blocks else f"{type(encoder).__name__} has no attention blocks"
         blind = getattr(encoder, "blind", "") or blind
-        return Vision(encoder.depth, len(encoder.blocks), encoder.output, encoder.class_token, encoder.cuts, blind)
+        known = (encoder.depth, len(encoder.blocks), encoder.output, encoder.class_token, encoder.cuts, blind)
+        return Vision(*known, encoder.dim, getattr(encoder, "kind", ""))
 
     def patch_features(
         self, inputs: Inputs
@@ -248,9 +251,13 @@ class VisionLanguageModel(BaseVlm):
         if self.max_patches:  # nothing is padded
             counts = self.visual_counts(inputs)
             return (torch.arange(int(counts.max()), device=counts.device) < counts[:, None]).float()
-        image = self.vision.image
-        share = picture_share(inputs.images, image.mean, image.std, self.visual_grid)
-        return self._by_row(share[..., None], inputs)[0][..., 0]
+        return self._by_row(self._shown(inputs, self.visual_grid)[..., None], inputs)[0][..., 0]
+
+    def _shown(self, inputs: Inputs, grid: tuple[int, int]) -> Float[Tensor, "views tokens"]:
+        """How much of each place of a view's grid shows the picture; all of it where nothing is padded."""
+        if self.max_patches:
+            return inputs.images.new_ones(len(inputs.images), grid[0] * grid[1])
+        return picture_share(inputs.images, self.vision.image.mean, self.vision.image.std, grid)
 
     def _by_row(
         self, values: Float[Tensor, "views tokens width"], inputs: Inputs
@@ -276,20 +283,21 @@ class VisionLanguageModel(BaseVlm):
         pictures = [change(pixels, number) for number, pixels in enumerate(inputs.images)]
         return inputs._replace(images=torch.stack(pictures)) if pictures else inputs
 
-    def encode(self, inputs: Inputs, table: TileTable | None, seed: Int[Tensor, " views"]) -> Visual:
+    def encode(self, inputs: Inputs, table: TileTable | None, seed: Callable[[], Int[Tensor, " views"]]) -> Visual:
         """Encode, prune and project the images of a batch; the views of all of them go through the encoder at once.
 
-        table: what the views are, where they are not an image each. seed: an integer of each view's pixels.
+        table: what the views are, where they are not an image each. seed: gives an integer of each view's pixels.
         """
         engine = None if self.engine is None else self.engine.vision
         cut = None
         if engine is None or not engine.acts:
             found = self._look(inputs)
         else:
-            views: tuple[Tensor, ...] = () if table is None else (table.image, table.real)
+            each = torch.arange(len(inputs.images), device=inputs.owner.device)
+            views: tuple[Tensor, ...] = (each,) if table is None else (table.image, table.real)
             if self.max_patches:
                 views += (self.vision.grids(self._sizes(inputs))[:, 1:],)
-            engine.begin(seed, *views)
+            engine.begin(seed, *views, shown=lambda: self._shown(inputs, self.vision.grid))
             found = self._look(inputs)
             cut = engine.finish(found.tokens)
         features = found.tokens if cut is None else cut.features.to(found.tokens.dtype)
@@ -306,13 +314,13 @@ class VisionLanguageModel(BaseVlm):
         embedded = self.language.get_input_embeddings()(inputs.tokens.clamp_min(0))
         if self.newline is not None and self.training:  # not every batch has tiles; see _without_images
             embedded = embedded + 0.0 * self.newline.sum().to(embedded.dtype)
-        table, seed = self._tiles(inputs), self._seed(inputs)
+        table, seed = self._tiles(inputs), cache(lambda: self._seed(inputs))
         if len(inputs.images):
             visual = self.encode(inputs, table, seed)
         else:
             visual, embedded = self._without_images(inputs, embedded)
         embeds, layout = splice(inputs.tokens, inputs.valid, embedded, visual, side)
-        run = Run(layout, side, seed if table is None else table.sum_by_image(seed) % 2**40)
+        run = Run(layout, side, seed if table is None else lambda: table.sum_by_image(seed()) % 2**40)
         run.grids = self._grids(inputs)
         run.total = self._counts(inputs, table)  # an encoder may have cut some already
         return (embeds if self.engine is None else self.engine.enter_language(embeds, run)), run

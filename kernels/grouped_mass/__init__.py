@@ -82,6 +82,7 @@ def grouped_mass_attention(
     x = operands(NAME, q, k, v, common)
     look = common.get("validate", True)
     grouping = _grouping(x, group_ids, rule, row_sel, (gamma, beta, key_bias), rule_grad, look)
+    grouping = grouping._replace(lse=return_lse)
     call = Call.of(q, k, v, gamma, beta, key_bias, grouping=grouping, kv_head_of=x.kv_head_of)
     out, mass, lse = dispatch.choose(NAME, IMPLEMENTATIONS, impl, call).run(x, grouping)
     return (out, mass, lse) if return_lse else (out, mass)

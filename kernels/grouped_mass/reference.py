@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from vlm.kernels.few_rows import mixed, scores_of
 from vlm.kernels.grouped_mass.rules import Rule
 from vlm.kernels.row_chunks import in_row_chunks, softmax
 from vlm.kernels.visibility import Operands
@@ -21,6 +22,7 @@ class Grouping(NamedTuple):
     beta: Float[Tensor, "heads groups"] | None
     key_bias: Float[Tensor, "batch one_or_heads keys"] | None
     stop_rule: bool  # whether coefficients count as constants in the backward
+    lse: bool = True  # whether anybody asks for log-sum-exps; without, they may be left out
 
     @property
     def maps_scores(self) -> bool:
@@ -39,8 +41,32 @@ def grouped_mass_reference(x: Operands, grouping: Grouping) -> tuple[Tensor, Ten
 
 def grouped_mass_torch(x: Operands, grouping: Grouping) -> tuple[Tensor, Tensor, Tensor]:
     """The reference a few rows at a time, recomputed in the backward: chunk x keys of memory, never rows x keys."""
+    if x.q.shape[2] == 1 and _is_plain(x, grouping) and not torch.is_grad_enabled():
+        return _one_row(x, grouping)
     out, mass, lse = in_row_chunks(lambda rows: _some_rows(x, grouping, rows), x.q.shape[2])
     return out, mass, lse
+
+
+def _is_plain(x: Operands, grouping: Grouping) -> bool:
+    """Whether a last row sees all valid keys by its model's own scores, and no more than output and masses are due."""
+    seen = x.seen
+    limits = (seen.row_valid, seen.row_position, seen.row_document, x.kv_head_of)
+    return all(limit is None for limit in limits) and not (grouping.maps_scores or grouping.lse)
+
+
+def _one_row(x: Operands, grouping: Grouping) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for a decoding step in as few operations as there are; nothing in the place of log-sum-exps."""
+    assert x.v is not None
+    scores = scores_of(x.q, x.k, x.scale)[:, :, 0]  # [B,H,K]
+    if x.seen.key_valid is None:
+        weights = scores.softmax(-1)
+    else:
+        hidden = ~x.seen.key_valid[:, None]  # [B,1,K]; zeros for a row that sees nothing
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1).masked_fill(hidden, 0)
+    ids = grouping.group_ids.long().expand_as(weights)
+    mass = weights.new_zeros(*weights.shape[:2], grouping.rule.groups).scatter_add(2, ids, weights)[:, :, None]
+    weights = weights * grouping.coefficient(mass)[:, :, 0].gather(2, ids)
+    return mixed(weights[:, :, None], x.v), mass, mass.new_empty(0)
 
 
 def _some_rows(x: Operands, grouping: Grouping, rows: slice) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,8 @@ every other one runs between the two passes of :mod:`vlm.kernels.grouped_mass.tw
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import lru_cache
+from typing import NamedTuple, Protocol
 
 import torch
 from jaxtyping import Bool, Float
@@ -79,7 +80,7 @@ class Static:
         if self.renormalise:
             total = (gain * mass).sum(-1, keepdim=True)  # [B,H,Q,1], 0 in a row that sees nothing
             gain = gain / torch.where(total > 0, total, 1)
-        return torch.where(rows[:, None, :, None], gain, torch.ones_like(mass))
+        return torch.where(rows[:, None, :, None], gain.expand(mass.shape), 1.0)
 
 
 @dataclass(frozen=True)
@@ -116,18 +117,40 @@ class Redistribution:
     def __call__(
         self, mass: Float[Tensor, "batch heads rows groups"], rows: Bool[Tensor, "batch rows"]
     ) -> Float[Tensor, "batch heads rows groups"]:
-        of = lambda groups: sum((mass[..., g] for g in groups), torch.zeros_like(mass[..., 0]))  # noqa: E731
-        source, target, watched = of(self.source), of(self.target), of(self.watched)
-        acts = (watched >= self.watched_min) & (target >= self.target_share * watched)
-        acts = acts & (of(self.needed or self.source) > 0) & (target > LEAST_MASS) & rows[:, None, :]
-        gain = 1 + self.taken * source / target.clamp_min(LEAST_MASS)
-        one = torch.ones_like(gain)
-        by_group = [one] * self.groups
-        for group in self.target:
-            by_group[group] = torch.where(acts, gain, one)
-        for group in self.source:
-            by_group[group] = torch.where(acts, one * (1 - self.taken), one)
-        return torch.stack(by_group, -1)
+        table = _table(self, mass.dtype, mass.device)
+        sums = (mass[..., None, :] * table.terms).sum(-1)  # [B,H,Q,5]; no product of matrices, which may be rounded
+        acts = (sums[..., :4] > table.limits).all(-1) & rows[:, None, :]
+        gain = sums[..., 4] / sums[..., 1].clamp_min(LEAST_MASS)
+        return torch.where(acts[..., None], torch.addcmul(table.kept, gain[..., None], table.target), 1.0)
+
+
+class _Table(NamedTuple):
+    """A redistribution as a few operations on all groups at once: at a decoding step their number is what costs.
+
+    terms: rows of factors whose sums over the groups are the needed mass, the target's, the watched, what the target
+    has beyond its share of that, and what moves. The first four must exceed ``limits``. kept: what stays of each group;
+    target: 1 where what moves goes.
+    """
+
+    terms: Float[Tensor, "5 groups"]
+    limits: Float[Tensor, "4"]
+    kept: Float[Tensor, " groups"]
+    target: Float[Tensor, " groups"]
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a table made while decoding serves training too
+def _table(rule: Redistribution, dtype: torch.dtype, device: torch.device) -> _Table:
+    def marks(groups: tuple[int, ...]) -> Tensor:
+        return torch.tensor([float(g in groups) for g in range(rule.groups)], dtype=torch.float64)
+
+    needed, target, watched = marks(rule.needed or rule.source), marks(rule.target), marks(rule.watched)
+    taken = rule.taken * marks(rule.source)
+    terms = torch.stack([needed, target, watched, target - rule.target_share * watched, taken])
+    least = torch.tensor([0.0, LEAST_MASS, rule.watched_min, 0.0], dtype=torch.float64).to(dtype)
+    below = torch.nextafter(least, torch.full_like(least, -torch.inf))  # exceeded by the limit itself
+    limits = torch.where(torch.tensor([False, False, True, True]), below, least)
+    return _Table(*(x.to(device=device, dtype=dtype) for x in (terms, limits, 1 - taken, target)))
 
 
 def visual_redistribution(taken: float = 0.6, rho: float = 0.5, image_min: float = 0.2) -> Redistribution:

@@ -16,7 +16,7 @@ from torch import Tensor
 from vlm.kernels import dispatch
 from vlm.kernels.dense import dense_attention
 from vlm.kernels.dispatch import Implementation, lazy
-from vlm.kernels.received.reference import received_reference, received_torch
+from vlm.kernels.received.reference import chosen_attention, received_reference, received_torch
 from vlm.kernels.visibility import Common, check, operands
 
 NAME = "received_attention"
@@ -98,6 +98,25 @@ def received_attention(
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
         chosen = dispatch.choose(NAME, IMPLEMENTATIONS, impl, dispatch.Call.of(q, k, None, lse, reduce=reduce))
         return chosen.run(x, lse, rows.long(), row_weight.detach().to(x.accumulator), reduce)
+
+
+def attention_rows(
+    q: Float[Tensor, "batch heads rows dim"],
+    k: Float[Tensor, "batch kv_heads keys dim"],
+    rows: Int[Tensor, "batch chosen"],
+    **common: Unpack[Common],
+) -> Float[Tensor, "batch heads chosen keys"]:
+    """The attention of a few chosen rows (-1: unused), for statistics that no sum over rows gives: chosen x keys of
+    memory, detached. Arguments and type of the result as of :func:`received_attention`, in plain PyTorch everywhere.
+
+    Raises:
+        ValueError: shapes that do not fit, or a row out of range.
+    """
+    x = operands("attention_rows", q, k, None, common)
+    shape = (q.shape[0], rows.shape[-1])
+    check("attention_rows", "rows", rows, shape, q.device, -1, q.shape[2] - 1, look=common.get("validate", True))
+    with torch.no_grad():
+        return chosen_attention(x, rows.long())
 
 
 def attention_with_received(

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -19,16 +19,13 @@ def received_reference(
     row_weight: Float[Tensor, "batch chosen"],
     reduce: str,
 ) -> Float[Tensor, "batch heads keys"]:
-    at = rows.clamp_min(0)  # [B,R]; the visibility of a row of -1 hides every key
-    q = x.q.gather(2, at[:, None, :, None].expand(-1, x.q.shape[1], -1, x.q.shape[3]))  # [B,H,R,D]
-    seen = x.seen.pick(rows).mask()  # [B,1,R,K]
-    scores = _scores(q.to(x.accumulator) * x.scale, x)
+    scores, seen = chosen_scores(x, rows)
     # softmax of a row that sees nothing has to stay a number, though of no meaning: such a row weighs nothing
     scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min if lse is None else float("-inf"))
     if lse is None:
         attention = scores.softmax(-1)  # [B,H,R,K]
     else:
-        norm = lse.to(scores.dtype).gather(2, at[:, None].expand(scores.shape[:3]))
+        norm = lse.to(scores.dtype).gather(2, rows.clamp_min(0)[:, None].expand(scores.shape[:3]))
         attention = torch.exp(scores - norm.masked_fill(norm == float("-inf"), float("inf"))[..., None])
     weight = row_weight.to(scores.dtype)[:, None, None] * seen.any(-1)[:, :, None]  # [B,1,1,R]
     if reduce == "sum":
@@ -61,10 +58,27 @@ def received_torch(
     return received
 
 
+def chosen_attention(x: Operands, rows: Int[Tensor, "batch chosen"]) -> Float[Tensor, "batch heads chosen keys"]:
+    """The attention of the chosen rows itself; 0 in a row that sees nothing. chosen x keys of memory."""
+    scores, seen = chosen_scores(x, rows)
+    return scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~seen, 0)
+
+
+def chosen_scores(
+    x: Operands, rows: Int[Tensor, "batch chosen"]
+) -> tuple[Float[Tensor, "batch heads chosen keys"], Bool[Tensor, "batch 1 chosen keys"]]:
+    """Scaled scores of the chosen rows, and which keys they see."""
+    at = rows.clamp_min(0)  # the visibility of a row of -1 hides every key
+    q = x.q.gather(2, at[:, None, :, None].expand(-1, x.q.shape[1], -1, x.q.shape[3]))  # [B,H,R,D]
+    return _scores(q.to(x.accumulator) * x.scale, x), x.seen.pick(rows).mask()
+
+
 def _part(
     x: Operands, lse: Tensor | None, rows: Tensor, row_weight: Tensor, reduce: str
 ) -> Float[Tensor, "batch heads keys"]:
     run = (x, lse, rows, row_weight, reduce)
+    if not torch.is_grad_enabled():
+        return received_reference(*run)
     return checkpoint(received_reference, *run, use_reentrant=False, preserve_rng_state=False)
 
 

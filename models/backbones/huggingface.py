@@ -62,6 +62,7 @@ class HuggingFace(Part):
         self.image = ImageSpec(side, *pixels)  # type: ignore[arg-type]
         self.grid = (side // patch, side // patch)
         self.dim: int = found.hidden_size
+        self.kind: str = found.model_type
         self.depth, self.output = depth, layer % depth
         self.prefix = self._prefix()
         self.class_token = self.prefix > 0

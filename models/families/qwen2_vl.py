@@ -8,10 +8,15 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from vlm.models.family import Family, Picture, raster
+from vlm.models.tower import PackedTower
 
 
 class Qwen2Vl(Family):
-    """Qwen2-VL and Qwen2.5-VL: native resolution, merged patches, multimodal rotary positions (M-RoPE)."""
+    """Qwen2-VL and Qwen2.5-VL: native resolution, merged patches, multimodal rotary positions (M-RoPE).
+
+    A cut in the encoder drops whole groups of patches, each of which becomes one visual token; those that stay keep the
+    positions of their true places.
+    """
 
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl", "qwen2_5_vl")
     places: ClassVar[Mapping[str, Sequence[str]]] = {
@@ -20,8 +25,22 @@ class Qwen2Vl(Family):
         "language": ("model.language_model", "lm_head"),
     }
     refuses: ClassVar[Mapping[str, str]] = {
-        "reindex": "position ids on three axes cannot be counted anew; set position: keep (found reindex)"
+        "reindex": "position ids on three axes cannot be counted anew; set position: keep (found reindex)",
+        "vit.mid": "patches that the connector merges go together here, from block to block and not inside one; use a "
+        "pruner that cuts at vit.after, vit.out or llm.in",
+        "vit.resid": "this vision encoder packs images of many sizes, so no place in it is the same in all",
+        "patch_features": "this vision encoder hands over groups of patches",
     }
+
+    @property
+    def tower(self) -> PackedTower:
+        return PackedTower(self.model.model.visual)
+
+    def kept(
+        self, marks: Bool[Tensor, "images most"], media: Mapping[str, Tensor]
+    ) -> Sequence[Bool[Tensor, " tokens"]]:
+        counts = media["image_grid_thw"].prod(1) // self.config.vision_config.spatial_merge_size**2
+        return [own[:count] for own, count in zip(marks, counts.tolist(), strict=True)]
 
     def pictures(self, media: Mapping[str, Tensor]) -> list[Picture]:
         grids = media["image_grid_thw"]  # [N,3] time, rows, columns, in patches

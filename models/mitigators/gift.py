@@ -56,5 +56,5 @@ class Gift:
     def _follow(
         self, heat: Given, weights: Float[Tensor, "batch heads keys"], keys: Keys
     ) -> Float[Tensor, "batch heads keys"]:
-        salience = (self.strength * keys.signal(heat)).exp()
-        return follow(weights, salience, keys.layout.visual, keys.question)
+        salience = keys.grown((self.strength, heat), lambda: (self.strength * keys.signal(heat)).exp())
+        return follow(weights, salience, keys.visual, keys.question)

@@ -32,4 +32,4 @@ class Hgai:
         return rescore(layers, self.scores) if self.alpha else ()
 
     def scores(self, scores: Float[Tensor, "batch heads keys"], keys: Keys) -> Float[Tensor, "batch heads keys"]:
-        return raised_together(scores, self.alpha, keys.layout.visual)
+        return raised_together(scores, self.alpha, keys.visual)

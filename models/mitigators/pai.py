@@ -35,4 +35,4 @@ class Pai:
         return rescore(layers, self.scores) if self.alpha else ()
 
     def scores(self, scores: Float[Tensor, "batch heads keys"], keys: Keys) -> Float[Tensor, "batch heads keys"]:
-        return raised(scores, self.alpha * keys.layout.visual[:, None])
+        return raised(scores, keys.grown(self, lambda: self.alpha * keys.layout.visual[:, None]))

@@ -60,4 +60,4 @@ class Paint:
     def scores(
         self, gain: Given, scores: Float[Tensor, "batch heads keys"], keys: Keys
     ) -> Float[Tensor, "batch heads keys"]:
-        return raised(scores, keys.signal(gain)[:, None])
+        return raised(scores, keys.grown(gain, lambda: keys.signal(gain)[:, None]))

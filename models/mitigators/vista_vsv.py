@@ -10,7 +10,7 @@ from torch import Tensor
 from vlm.models.program.persample import PerSample
 from vlm.models.program.program import Edit, Keys, Program, resid
 from vlm.models.program.signals import Facts
-from vlm.models.program.steer import image_direction, turned
+from vlm.models.program.steer import Toward, image_direction, turned
 
 
 @dataclass(frozen=True)
@@ -40,4 +40,6 @@ class Vistavsv:
     def _turn(
         self, vectors: PerSample, layer: int, x: Float[Tensor, "batch rows width"], keys: Keys
     ) -> Float[Tensor, "batch rows width"]:
-        return turned(x, keys.signal(vectors)[:, layer], self.strength, more_when_opposed=True)
+        direction = keys.signal(vectors)[:, layer]
+        toward = direction if keys.memo is None else keys.lasting((vectors, layer), lambda: Toward.lasting(direction))
+        return turned(x, toward, self.strength, more_when_opposed=True)

@@ -66,9 +66,9 @@ class Vti:
         """Blocks of the encoder that are steered. Raises ModelError for one that does not show them."""
         if not self.alpha_image:
             return 0
-        blocks = encoder_of(facts, "vti.alpha_image").blocks
-        if not blocks:
-            raise ModelError("vti.alpha_image: this vision encoder shows no blocks; set alpha_image: 0")
+        blocks, why = encoder_of(facts, "vti.alpha_image").blocks, facts.refuses.get("vit.resid")
+        if not blocks or why:
+            raise ModelError(f"vti.alpha_image: {why or 'this vision encoder shows no blocks'}; set alpha_image: 0")
         return blocks
 
     @property

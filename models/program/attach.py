@@ -27,6 +27,7 @@ from transformers.masking_utils import sdpa_mask
 from vlm.kernels.visibility import Common
 from vlm.models.errors import ModelError
 from vlm.models.pack import ATTENTION as PACKED
+from vlm.models.program.ahead import PROBE, Stop, Watch, probe
 from vlm.models.program.cache import (
     Entries,
     Evict,
@@ -41,7 +42,7 @@ from vlm.models.program.cache import (
 from vlm.models.program.contexts import MAIN
 from vlm.models.program.cutting import given, resequence, tokens_of
 from vlm.models.program.inner import watch
-from vlm.models.program.inside import hook_encoder, hook_layers, put_row, regrouped, rescored
+from vlm.models.program.inside import hook_encoder, hook_layers, only_row, ops_at, put_row, regrouped, rescored
 from vlm.models.program.layout import compact
 from vlm.models.program.program import (
     LLM_IN,
@@ -86,13 +87,13 @@ class Engine:
         self.inner = sorted({layers for op in readers for layers in op.inner})
         self.asked = self.answered = 0  # prompts of the cascade, and those whose first answer stood
         self.cuts: dict[int, Select] = {}
-        self.regroups = _at(program, Regroup)
-        self.rescores = _at(program, Rescore)
-        self.gates = _at(program, Gate)
-        self.edits = _at(program, Edit)
+        self.regroups = ops_at(program, Regroup)
+        self.rescores = ops_at(program, Rescore)
+        self.gates = ops_at(program, Gate)
+        self.edits = ops_at(program, Edit)
         self.acts_in_layers = bool(self.gates or self.edits)
         self.edits_encoder = any(site.name == "vit.resid" for site, _ in program)
-        self.taps = _at(program, Tap)
+        self.taps = ops_at(program, Tap)
         self.evict = next((op for _, op in program if isinstance(op, Evict)), None)
         self.evict_step = next((op for _, op in program if isinstance(op, EvictStep)), None)
         self.read_step = next((op for _, op in program if isinstance(op, ReadStep)), None)
@@ -100,7 +101,8 @@ class Engine:
             if isinstance(op, Select) and site != VIT_OUT and not in_encoder(site):
                 self.cuts[0 if site == LLM_IN else site.layer] = op
         needs = {s for _, op in program for s in needs_of(op, layers) if s.part == "language"}
-        self.given = [s for s in sorted(needs, key=repr) if isinstance(s, Given)]
+        self.watch = Watch(program, layers)
+        self.given = [s for s in sorted(needs, key=repr) if isinstance(s, Given) and s not in self.watch.signals]
         self.states = _by_layer(s for s in needs if s.of_state)
         self.ahead = _by_layer(s for s in needs if s.ahead_of_layer)
         self.received = _by_layer(s for s in needs if not (s.of_state or s.ahead_of_layer or s.of_inputs))
@@ -111,8 +113,9 @@ class Engine:
         renewed = [op for _, op in program if isinstance(op, Tap | Control)]
         self.renewed = {s for op in renewed for s in needs_of(op, layers)}
         self.lasting = self.renewed | {s for _, op in program if isinstance(op, Inside) for s in op.needs}
-        vision = getattr(model, "vision", None)
-        self.vision = None if vision is None else VisionEngine(vision, program, layers, impl)
+        vision: Any = getattr(model, "vision", None)
+        lowered: Any = getattr(vision, "engine", VisionEngine)  # an encoder that packs its pictures has its own
+        self.vision: VisionEngine | None = None if vision is None else lowered(vision, program, layers, impl)
 
     @property
     def first_hooked(self) -> int:
@@ -127,7 +130,7 @@ class Engine:
 
     @property
     def sees_attention(self) -> bool:
-        observes = any(one.observes for one in (*self.given, *self.prepares))
+        observes = self.watch.signals or any(one.observes for one in (*self.given, *self.prepares))
         return bool(self.received or self.ahead or self.regroups or self.rescores or self.caches or observes)
 
     def tag(self, run: Run) -> dict[str, Run]:
@@ -172,6 +175,8 @@ class Engine:
                 self._read_state(signal, layer, hidden.detach(), run)
             if layer in self.ahead and layer not in run.kept:
                 self._look_ahead(layer, hidden, kwargs, run)
+            if layer == self.watch.cut and layer not in run.kept:
+                self.watch.finish(self, hidden, kwargs, run)
             if layer > 0 and layer in self.cuts:
                 hidden = self._cut(layer, hidden, run)
         first = run.stage(layer)
@@ -192,23 +197,20 @@ class Engine:
             run.put(signal, signal.read_state(hidden, self.decoder))
 
     def _positions(self, run: Run, layer: int, hidden: Tensor) -> dict[str, Any]:
-        layout, rows = run.layouts[run.stage(layer)], hidden.shape[1]
-        rotary = self.decoder.rotary_emb(hidden, position_ids=layout.position_ids(rows))
-        return {"position_ids": layout.position[:, -rows:], "position_embeddings": rotary}
+        first, rows = run.stage(layer), hidden.shape[1]
+        layout, same = run.layouts[first], (first, rows, hidden.dtype, hidden.device)
+        if same not in run.rotary:  # as in Transformers, once for all layers of a stage
+            run.rotary[same] = self.decoder.rotary_emb(hidden, position_ids=layout.position_ids(rows))
+        return {"position_ids": layout.position[:, -rows:], "position_embeddings": run.rotary[same]}
 
     def _look_ahead(self, layer: int, hidden: Tensor, kwargs: dict[str, Any], run: Run) -> None:
         """Read the signals that a cut at ``layer`` wants from the layer's own queries and keys: the layer is run up to
         its attention, which stops it."""
         before = run.stage(layer)
         more = {} if before == 0 else self._positions(run, layer, hidden)
-        probe = {**kwargs, **more, "past_key_values": None, "use_cache": False, PROBE: True}
-        try:
-            with torch.no_grad():
-                self.decoder.layers[layer].forward(hidden.detach(), **probe)
-        except _Stop as stop:
-            seen = self._attention(run, layer, stop.q, stop.k, stop.k, stop.scale)
-            for signal in self.ahead[layer]:
-                run.put(signal, signal.read(seen))
+        seen = self.seen_by(run, layer, probe(self.decoder.layers[layer].forward, hidden, {**kwargs, **more}))
+        for signal in self.ahead[layer]:
+            run.put(signal, signal.read(seen))
 
     def _cut(self, layer: int, hidden: Tensor, run: Run) -> Tensor:
         """Drop what the cut at ``layer`` drops. Made once: a recomputed layer gets the selection of the first pass."""
@@ -240,12 +242,13 @@ class Engine:
     def attend(self, run: Run, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float | None) -> Tensor:
         """Read the signals of this layer and reweigh its attention. ``out`` is plain attention [B,Q,H,D]."""
         wanted = [s for s in self.received.get(layer, ()) if run.prompt or s in self.renewed]
-        if wanted:
+        if wanted or self.watch.due(run, layer):
             seen = self._attention(run, layer, q, k, v, scale)
             with torch.no_grad():
                 for signal in wanted:
                     run.put(signal, signal.read(seen).detach())
-        for op in self.regroups.get(layer, ()):
+                self.watch.see(run, layer, seen)
+        for op in self.regroups.get(layer, ()) if run.prompt else ():
             keys, common = self.sight(run, layer), self._common(run, layer, q.shape[2], scale)
             out = regrouped(op, q, k, v, out, keys, self.impl, common)
         if layer in self.rescores and run.prompt:
@@ -255,9 +258,20 @@ class Engine:
             tap.receive(run.get(tap.signal, layer), run.layouts[run.stage(layer)])
         return out
 
+    def only_row(
+        self, run: Run, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None
+    ) -> Float[Tensor, "batch 1 heads dim"] | None:
+        """A generated token's attention where an op changes it; None where it is plain."""
+        ops = () if run.prompt else self.rescores.get(layer) or self.regroups.get(layer)
+        if not ops:
+            return None
+        return only_row(ops[0], q, k, v, self.sight(run, layer), self.impl, self._common(run, layer, 1, scale))
+
     def sight(self, run: Run, layer: int) -> Keys:
         """What an op inside the layer sees."""
-        return Keys(run.layouts[run.stage(layer)], lambda signal: run.keys_signal(signal, layer))
+        first = run.stage(layer)
+        memo = None if run.prompt else run.memo.setdefault(first, {})
+        return Keys(run.layouts[first], lambda signal: run.keys_signal(signal, layer), memo)
 
     def _attention(self, run: Run, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Attention:
         layout, common = run.layouts[run.stage(layer)], self._common(run, layer, q.shape[2], scale)
@@ -265,6 +279,9 @@ class Engine:
         rotary = getattr(getattr(self.decoder, "rotary_emb", None), "inv_freq", None)
         shown = (q.detach(), k.detach(), v.detach(), layout.valid, common, self.impl, layout, asks)
         return Attention(*shown, signal=known, frequencies=rotary)
+
+    def seen_by(self, run: Run, layer: int, stop: Stop) -> Attention:
+        return self._attention(run, layer, stop.q, stop.k, stop.k, stop.scale)
 
     def _common(self, run: Run, layer: int, rows: int, scale: float | None) -> Common:
         """Indices and groups are right by construction; looking at their values would wait for the GPU."""
@@ -355,15 +372,6 @@ class Engine:
 Observer = Callable[[int, Attention], None]
 
 
-def _at(program: Program, kind: type) -> dict[int, list[Any]]:
-    """The ops of a kind by their layer, in order."""
-    found: dict[int, list[Any]] = {}
-    for site, op in program:
-        if isinstance(op, kind):
-            found.setdefault(site.layer, []).append(op)
-    return found
-
-
 def _by_layer(signals: Any) -> dict[int, list[Signal]]:
     found: dict[int, list[Signal]] = {}
     for signal in sorted(signals, key=repr):  # the same order in every process
@@ -381,17 +389,6 @@ def _run_of(kwargs: Mapping[str, Any]) -> Run:
     return kwargs[RUN]
 
 
-PROBE = "vlm_probe"
-
-
-class _Stop(Exception):
-    """Raised by the attention function to leave a layer that was run for its queries and keys only."""
-
-    def __init__(self, q: Tensor, k: Tensor, scale: float | None) -> None:
-        super().__init__()
-        self.q, self.k, self.scale = q, k, scale
-
-
 def _program_attention(
     module: nn.Module,
     query: Tensor,
@@ -403,7 +400,7 @@ def _program_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     if kwargs.pop(PROBE, False):
-        raise _Stop(query, key, scaling)
+        raise Stop(query, key, scaling)
     engine = _ENGINES.get(module)
     layer: Any = getattr(module, "layer_idx", None)
     run = _run_of(kwargs) if engine is not None else None
@@ -417,10 +414,8 @@ def _program_attention(
         attention_mask = None
         if valid is not None:
             attention_mask = valid.repeat_interleave(query.shape[1] // valid.shape[1], 1)[:, :, None]
-    if engine is not None and run is not None and layer in engine.rescores and not run.prompt:
-        (op,) = engine.rescores[layer]  # the only row, so nothing plain is due
-        out = rescored(op, query, key, value, engine.sight(run, layer), scaling)[0][:, None]
-    else:
+    out = None if engine is None or run is None else engine.only_row(run, layer, query, key, value, scaling)
+    if out is None:
         out, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )

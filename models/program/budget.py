@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -68,7 +69,7 @@ class Budget:
 
     def count(self, tokens: Int[Tensor, " segments"], images: Int[Tensor, " segments"]) -> Int[Tensor, " segments"]:
         """Tokens to keep in each segment that has ``tokens`` tokens of ``images`` images: at least one, at most all."""
-        pairs = zip(tokens.tolist(), images.tolist(), strict=True)
+        pairs = torch.stack([tokens, images], 1).tolist()  # both at once: it waits for the GPU
         return tokens.new_tensor([self.of(*pair) for pair in pairs])
 
     def __str__(self) -> str:

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoTokenizer, CLIPModel
 
 from vlm.models.errors import ModelError
 from vlm.models.program.scores import text_likeness
-from vlm.models.program.signals import Facts, Given
+from vlm.models.program.signals import Facts, Given, encoder_of
 
 
 def clip_relevance(facts: Facts, name: str, who: str) -> Given:
@@ -22,8 +22,17 @@ def clip_relevance(facts: Facts, name: str, who: str) -> Given:
 
     Raises ModelError where there is no such CLIP, or no patch stands behind each visual token.
     """
-    if "vit.out" in facts.refuses:
-        raise ModelError(f"{who}: relevance: expected a patch behind each visual token; {facts.refuses['vit.out']}")
+    if why := facts.refuses.get("vit.out") or facts.refuses.get("patch_features"):
+        why = why.partition(";")[0]
+        raise ModelError(
+            f"{who}: relevance: expected a patch behind each visual token; {why}; use relevance: language instead"
+        )
+    vision = encoder_of(facts, who)
+    if vision.kind not in ("", "clip_vision_model"):
+        raise ModelError(
+            f"{who}: relevance: clip: expected a vision encoder of CLIP, of model_type clip_vision_model; "
+            f"found {vision.kind!r}; use relevance: language instead"
+        )
     if facts.decode is None:
         raise ModelError(f"{who}: relevance: expected a model that was built with its tokenizer, to read the question")
     try:
@@ -32,6 +41,11 @@ def clip_relevance(facts: Facts, name: str, who: str) -> Given:
         raise ModelError(f"{who}: text: no CLIP at {name!r}: {str(error).splitlines()[0]}") from None
     if config.model_type != "clip":
         raise ModelError(f"{who}: text: expected a whole CLIP, of model_type clip; found {config.model_type!r}")
+    if (width := config.vision_config.hidden_size) != vision.width:
+        raise ModelError(
+            f"{who}: text: expected the CLIP of the model's own vision encoder, {vision.width} wide; "
+            f"found {name!r}, {width} wide"
+        )
     clip: list[_Clip] = []
 
     def scores(model: Any, inputs: Any, weights: Tensor | None) -> Float[Tensor, "batch visual"]:
@@ -66,7 +80,6 @@ class _Clip(nn.Module):
             self.tokenizer: Any = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as error:
             raise ModelError(f"{who}: text: cannot load {name!r}: {str(error).splitlines()[0]}") from None
-        self.name, self.who = name, who
         self.text, self.text_projection = model.text_model, model.text_projection
         self.norm, self.projection = model.vision_model.post_layernorm, model.visual_projection
         self.longest: int = model.config.text_config.max_position_embeddings
@@ -75,15 +88,12 @@ class _Clip(nn.Module):
     def forward(
         self, patches: Float[Tensor, "batch visual width"], real: Bool[Tensor, "batch visual"], texts: list[str]
     ) -> Float[Tensor, "batch visual"]:
-        width = self.projection.in_features
-        if patches.shape[2] != width:
-            raise ModelError(
-                f"{self.who}: text: expected the CLIP of the model's own vision encoder, {patches.shape[2]} wide; "
-                f"found {self.name!r}, {width} wide"
-            )
-        seen = self.projection(self.norm(patches.float()))
-        said, there = self._texts(texts, patches.device)
-        found = -text_likeness(seen, said, there)
+        if not patches.shape[1]:
+            return patches.new_zeros(real.shape)
+        with torch.autocast(patches.device.type, enabled=False):  # of a training pass
+            seen = self.projection(self.norm(patches.float()))
+            said, there = self._texts(texts, patches.device)
+            found = -text_likeness(seen, said, there)
         least = found.masked_fill(~real, torch.inf).amin(1, keepdim=True)
         return torch.where(real, found, least).masked_fill(~real.any(1, keepdim=True), 0)
 

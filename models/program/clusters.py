@@ -20,6 +20,8 @@ def density_peaks(
     code adds random noise. Tokens go to the nearest centre, centres to themselves.
     Source: Rodriguez and Laio (Science 2014), k-nearest form of Du et al. (2016), as in SparseVLM (ICML 2025), 3.4.
     """
+    if not x.shape[1]:
+        return valid, valid.long()
     wide = x if x.dtype == torch.float64 else x.float()
     pair = valid[:, :, None] & valid[:, None, :]
     wide = wide.masked_fill(~valid[..., None], 0)

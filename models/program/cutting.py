@@ -21,14 +21,18 @@ def tokens_of(hidden: Tensor, layout: Layout, place: Tensor, valid: Tensor, run:
     def at(index: Int[Tensor, "batch some"]) -> Any:
         return lambda signal: signal.take(values[signal], index)
 
-    before = torch.arange(layout.role.shape[1], device=place.device) < layout.last(layout.visual)[:, None]
-    asked = question(layout, run.asking(layer))
-    words, real = compact((before | asked) & layout.valid & ~layout.visual, "right")
-    after = words > layout.last(layout.visual)[:, None]
+    asks = run.asking(layer)
+
+    def text() -> Text:
+        last = layout.last(layout.visual)[:, None]
+        before = torch.arange(layout.role.shape[1], device=place.device) < last
+        words, real = compact((before | question(layout, asks)) & layout.valid & ~layout.visual, "right")
+        return Text(rows_at(hidden, words), real, (words > last) & real, at(words))
+
     return Tokens(
         rows_at(hidden, place),
         valid,
-        run.segment_seed(layout),
+        lambda: run.segment_seed(layout),
         at(place),
         run.total,
         _count_images(layout),
@@ -36,7 +40,7 @@ def tokens_of(hidden: Tensor, layout: Layout, place: Tensor, valid: Tensor, run:
         layout.row.gather(1, place),
         layout.col.gather(1, place),
         None,
-        Text(rows_at(hidden, words), real, after & real, at(words)),
+        text,
     )
 
 
@@ -106,6 +110,8 @@ def resequence(
     number = (order - length).clamp_min(0)
 
     def merge(hidden: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() and hidden.requires_grad):
+            return rows_at(first.features, number)
         again = Tokens(**{**vars(tokens), "x": rows_at(hidden, place)})
         return rows_at(reduce(again, chosen, count).features, number)
 

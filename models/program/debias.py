@@ -7,14 +7,14 @@ picture was padded is read from its pixels (:func:`picture_share`), so that batc
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vlm.models.program.segments import numbers
-from vlm.models.program.signals import Given
+from vlm.models.program.signals import Given, Signal
 
 
 class PositionFit(NamedTuple):
@@ -35,7 +35,11 @@ class Debias:
 
     padding: a patch of which less than this share shows the picture ranks below all that do (0.5 for FastV and
     SparseVLM in the authors' code, 0.01 for PyramidDrop). Such patches stay only where the budget is larger than the
-    picture; the code of FastV lowers the budget instead. Inside the language model of composed models.
+    picture; the code of FastV lowers the budget instead. Where none shows so much, none counts as padding. In composed
+    models, which pad pictures themselves.
+
+    In a vision encoder x is a patch's place in its view, and a view's attention has a sigma of its own (the paper fits
+    attention in the language model only).
     """
 
     sigma: float | None
@@ -89,14 +93,39 @@ class Debias:
         score = (score * weight).masked_fill(~valid, 0)
         if self.padding is None or picture is None:
             return score
-        return score.masked_fill(valid & (picture < self.padding - 1e-6), -1)
+        hidden = valid & (picture < self.padding - 1e-6)
+        return score.masked_fill(hidden & (valid & ~hidden).any(1, keepdim=True), -1)
 
 
 def _shown(model: Any, inputs: Any, weights: Tensor | None) -> Float[Tensor, "batch visual"]:
     return model.picture_share(inputs)
 
 
-SHOWN = Given(scores=_shown)  # how much of each visual token's patch shows the picture
+@dataclass(frozen=True)
+class TokenShown(Given):
+    """How much of each visual token's patch shows the picture, [batch, keys]."""
+
+
+SHOWN = TokenShown(scores=_shown)
+
+
+@dataclass(frozen=True)
+class PatchPlace(Signal):
+    """Place of each patch in its view before any cut in the encoder: 0 for the first, 1 for the last,
+    [views, patches]."""
+
+    layer: int = 0
+    part: ClassVar[Literal["language", "vision"]] = "vision"
+    of_inputs: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class PatchShown(Signal):
+    """How much of each patch shows the picture and not what its view was padded with, [views, patches]."""
+
+    layer: int = 0
+    part: ClassVar[Literal["language", "vision"]] = "vision"
+    of_inputs: ClassVar[bool] = True
 
 
 def raster_share(valid: Bool[Tensor, "segments tokens"]) -> Float[Tensor, "segments tokens"]:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vlm.models.program.segments import cosine, descending, numbers, places, ranks
+from vlm.models.program.segments import cosine, descending, marks, numbers, places, ranks
 
 
 def max_min_order(
@@ -21,8 +21,9 @@ def max_min_order(
     nearest pick. Source: DivPrune (CVPR 2025), algorithm 1. O(tokens * picks).
     """
     distance = 1 - cosine(x, x)  # [S,P,P]
-    same = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
-    nearest = distance.masked_fill(same | ~valid[:, None, :], torch.inf).amin(2)  # to another token
+    others = distance.masked_fill(~valid[:, None, :], torch.inf)
+    others.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+    nearest = others.amin(2)  # to another token
     nearest = nearest.masked_fill(~valid, -torch.inf)
     order = []
     for step in range(picks):
@@ -46,24 +47,29 @@ def determinant_order(
     used up), the rest is picked by the kernel's diagonal. CDPruner's code goes on with rounding errors instead.
     Source: Chen et al. (NeurIPS 2018), algorithm 1, as in CDPruner (NeurIPS 2025), section 3.3.
     """
+    if not picks:
+        return kernel[:, :0, 0].long()
     quality = torch.diagonal(kernel, dim1=1, dim2=2)  # [S,P]
-    gain = quality.masked_fill(~valid, -torch.inf)  # squared distance to the span of the picks
-    left = valid
-    rows = kernel.new_zeros(len(kernel), 0, kernel.shape[1])  # of the Cholesky factor, one for each pick
-    order = []
-    for _ in range(picks):
-        useful = left & (gain > least * quality)
-        best = torch.where(useful.any(1, keepdim=True), gain.masked_fill(~useful, -torch.inf), quality)
-        pick = best.masked_fill(~left, -torch.inf).argmax(1, keepdim=True)  # [S,1]
-        order.append(pick)
-        column = pick[:, None, :]
-        known = (rows.gather(2, column.expand(-1, rows.shape[1], -1)) * rows).sum(1)  # [S,P]
-        row = kernel.gather(1, column.transpose(1, 2).expand(-1, -1, kernel.shape[1])).squeeze(1) - known
-        row = torch.where(useful.gather(1, pick), row / gain.gather(1, pick).clamp_min(0).sqrt(), 0.0)
-        rows = torch.cat([rows, row[:, None]], 1)
-        left = left.scatter(1, pick, False)
-        gain = gain - row.square()
-    return torch.cat(order, 1) if order else rows[:, :0, 0].long()
+    # squared distance to the span of the picks; -inf for what cannot be picked
+    gain, floor = quality.masked_fill(~valid, -torch.inf), least * quality
+    rows = kernel.new_empty(len(kernel), picks, kernel.shape[1])  # of the Cholesky factor, one for each pick
+    order = torch.empty(len(kernel), picks, dtype=torch.long, device=kernel.device)
+    useful = torch.empty_like(order, dtype=torch.bool)
+    for step in range(picks):
+        best, pick = gain.masked_fill(gain <= floor, -torch.inf).max(1, keepdim=True)  # [S,1]
+        order[:, step : step + 1], useful[:, step : step + 1] = pick, best > -torch.inf
+        known, at = rows[:, :step], pick[:, None]
+        # not a product of matrices, which may round equal tokens differently and so break ties
+        row = (known.gather(2, at.expand(-1, step, 1)) * known).sum(1)  # [S,P]
+        row = kernel.gather(1, at.expand(-1, 1, kernel.shape[1])).squeeze(1) - row
+        row = torch.where(useful[:, step : step + 1], row / best.clamp_min(0).sqrt(), 0.0)
+        rows[:, step] = row
+        gain = gain.addcmul(row, row, value=-1).scatter(1, pick, -torch.inf)
+    # Once nothing is useful nothing will be: the rest is what is left, best first.
+    number, found = torch.arange(picks, device=kernel.device), useful.sum(1, keepdim=True)
+    picked = marks(order, valid, found[:, 0])
+    rest = descending(quality, valid & ~picked).gather(1, (number - found).clamp_min(0))
+    return torch.where(useful, order, rest)
 
 
 def walk(
@@ -85,17 +91,16 @@ def walk(
     Source: AgilePruner (ICLR 2026), project page. Reconstructed: no code is published; ``largest`` and the return are
     ours.
     """
-    order, rank = descending(score, valid), ranks(score, valid)
-    distance = 1 - cosine(x, x)
+    rank, distance = ranks(score, valid), 1 - cosine(x, x)
     alive, picked = valid, torch.zeros_like(valid)
-    for i in range(score.shape[1]):
-        token = order[:, i : i + 1]  # [S,1]
-        taken = alive.gather(1, token) & (picked.sum(1, keepdim=True) < count[:, None])
-        picked = picked.scatter(1, token, taken)
-        number = picked.sum(1) if step == "picked" else torch.full_like(count, i + 1)
-        radius = (number * slope).clamp_max(largest)[:, None]
-        near = distance.gather(2, token[:, None, :].expand(-1, score.shape[1], -1)).squeeze(2) < radius
-        alive = alive & ~(taken & near & (rank > i))
+    for taken in range(int(count.max()) if count.numel() else 0):
+        first, token = rank.masked_fill(~alive, score.shape[1]).min(1, keepdim=True)  # [S,1] of those that are left
+        takes = (first < score.shape[1]) & (taken < count[:, None])
+        picked = picked | torch.zeros_like(valid).scatter(1, token, takes)
+        radius = (first + 1 if step == "rank" else taken + 1) * slope[:, None]
+        near = distance.gather(1, token[:, None].expand(-1, 1, score.shape[1])).squeeze(1)
+        near = (near < radius.clamp_max(largest)).scatter(1, token, True)
+        alive = alive & ~(near & takes)
     again = ranks(score, valid & ~picked)
     return picked | ((again < (count - picked.sum(1))[:, None]) & valid & ~picked)
 
@@ -114,24 +119,28 @@ def without_twins(
     next round. Source: VisPruner (ICCV 2025), section 3.3 and official code (which stops with an error where the list
     is odd; here the halves may differ by one).
     """
-    order, length = descending(score, valid), valid.sum(1)  # the list of each segment: order[:, :length]
-    place = torch.arange(x.shape[1], device=x.device)
-    similarity = cosine(x, x)
-    while bool((length > count).any()):
-        there = place < length[:, None]
-        pairs = similarity.gather(1, order[..., None].expand(-1, -1, x.shape[1]))
-        pairs = pairs.gather(2, order[:, None].expand(-1, x.shape[1], -1))  # [S,P,P], in the order of the list
-        partner = there & (place % 2 == 1)
-        alike = pairs.masked_fill(~partner[:, None], -torch.inf).amax(2)
-        first = there & (place % 2 == 0)
-        gone = (length - count).clamp(min=0).clamp_max(at_once).minimum(first.sum(1))[:, None]
-        rank = ranks(alike, first)
-        key = torch.where(first, rank, x.shape[1] + place)  # first half by likeness, then the second in its order
-        key = torch.where(first & (rank < gone), 3 * x.shape[1], key).masked_fill(~there, 4 * x.shape[1])
-        key = torch.where(gone > 0, key, place)  # a list that is short enough keeps its order
-        order = order.gather(1, key.argsort(dim=1, stable=True))
-        length = length - gone[:, 0]
-    return torch.zeros_like(valid).scatter(1, order, place < length[:, None])
+    order = descending(score, valid)  # the list of each segment: its first ``lengths`` places
+    lengths, goals, similarity = valid.sum(1).tolist(), count.tolist(), cosine(x, x).flatten(1)
+    while any(length > goal for length, goal in zip(lengths, goals, strict=True)):
+        pairs = zip(lengths, goals, strict=True)
+        goes = [min(max(length - goal, 0), at_once, (length + 1) // 2) for length, goal in pairs]
+        length, gone = count.new_tensor(lengths)[:, None], count.new_tensor(goes)[:, None]  # [S,1]
+        order = order[:, : max(lengths)]
+        place = torch.arange(order.shape[1], device=x.device)
+        there = place < length
+        first, second = order[:, 0::2], order[:, 1::2]
+        between = (first[:, :, None] * x.shape[1] + second[:, None]).flatten(1)
+        alike = similarity.gather(1, between).unflatten(1, (first.shape[1], second.shape[1]))
+        alike = alike.masked_fill(~there[:, None, 1::2], -torch.inf)
+        alike = alike.amax(2) if alike.shape[2] else alike.new_zeros(first.shape)
+        best = descending(alike, there[:, 0::2])
+        stays = there[:, 0::2] & (place[: first.shape[1]] >= gone)  # of the first half, most alike first
+        both = torch.cat([first.gather(1, best), second], 1)
+        behind = (~torch.cat([stays, there[:, 1::2]], 1)).int().argsort(dim=1, stable=True)
+        order = torch.where(gone > 0, both.gather(1, behind), order)  # a list that is short enough keeps its order
+        lengths = [length - some for length, some in zip(lengths, goes, strict=True)]
+    last = torch.arange(order.shape[1], device=x.device) < count.new_tensor(lengths)[:, None]
+    return torch.zeros_like(valid).scatter(1, order, last)
 
 
 def important_and_different(

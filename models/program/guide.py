@@ -4,6 +4,7 @@ Source: "A Stitch in Time Saves Nine: Small VLM is a Precise Guidance for Accele
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from vlm.models.errors import ModelError
 from vlm.models.program.attach import attach
 from vlm.models.program.budget import Budget
 from vlm.models.program.decode import generate
-from vlm.models.program.layout import compact
+from vlm.models.program.layout import Layout, compact
 from vlm.models.program.observe import observe
 from vlm.models.program.program import DECODE, LLM_IN, Answered, Cascade, Program, cut
 from vlm.models.program.select import top_by
@@ -83,20 +84,27 @@ class _Mass:
         self.last_visual = last_visual
         self.total: Float[Tensor, "batch visual"] | None = None
         self.weight: Float[Tensor, " batch"] | None = None  # of the rows of a generated token; None in the prompt
+        self._layout: Layout | None = None  # of the layers that came last, all of which have the same
+        self._rows = self._place = self._valid = torch.empty(0)
 
     def __call__(self, layer: int, seen: Attention) -> None:
-        assert seen.layout is not None
-        if self.weight is None:
-            rows = seen.places("text")
-            if self.last_visual:
-                rows = torch.cat([rows, seen.layout.last(seen.layout.visual)[:, None]], 1)
-            got = seen.received(rows)
-        else:
-            last = torch.full_like(self.weight, seen.k.shape[2] - 1, dtype=torch.long)
-            got = seen.received(last[:, None], self.weight[:, None].to(seen.q.dtype))
-        place, valid = compact(seen.layout.visual, "right")
-        mass = got.sum(1).gather(1, place).masked_fill(~valid, 0)
+        if seen.layout is not self._layout:
+            self._look(seen)
+        got = seen.received(self._rows, None if self.weight is None else self.weight[:, None].to(seen.q.dtype))
+        mass = got.sum(1).gather(1, self._place).masked_fill(~self._valid, 0)
         self.total = mass if self.total is None else self.total + mass
+
+    def _look(self, seen: Attention) -> None:
+        """Find the rows that have a say and the visual tokens: once for all layers, as it waits for the device."""
+        assert seen.layout is not None
+        self._layout = seen.layout
+        self._place, self._valid = compact(seen.layout.visual, "right")
+        if self.weight is not None:
+            self._rows = torch.full_like(self._place[:, :1], seen.k.shape[2] - 1)
+            return
+        self._rows = seen.places("text")
+        if self.last_visual:
+            self._rows = torch.cat([self._rows, seen.layout.last(seen.layout.visual)[:, None]], 1)
 
 
 def visual_importance(
@@ -143,7 +151,10 @@ def importance_signal(guide: Guide, **options: Any) -> Given:
     def scores(model: Any, inputs: Any, weights: Tensor | None) -> Float[Tensor, "batch visual"]:
         return visual_importance(guide.beside(model, inputs), inputs, weights, **options)
 
-    return Given(scores=scores, observes=guide.model is None)
+    own = guide.model is None
+    alone = own and not options.get("generated")  # the pass itself says it all
+    watch = partial(_Mass, bool(options.get("last_visual"))) if alone else None
+    return Given(scores=scores, observes=own, watch=watch)
 
 
 class Draft(NamedTuple):

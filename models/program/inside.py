@@ -4,13 +4,14 @@ Hooks of :func:`hook_layers` stand on a layer (where the pass's run is known) an
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from vlm.kernels.few_rows import mixed, scores_of
 from vlm.kernels.grouped_mass import grouped_mass_attention
 from vlm.kernels.visibility import Common
 from vlm.models.errors import ModelError
@@ -33,26 +34,8 @@ def row_scores(
     scale: float | None = None,
 ) -> Float[Tensor, "batch heads rows keys"]:
     """Scaled scores of a few rows, in single precision or more; -inf where a key is hidden (None: nowhere)."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    heads, rows = q.shape[1:3]
-    factor: float = q.shape[3] ** -0.5 if scale is None else scale
-    grouped = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # [B,KV,G*R,D]
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and not torch.is_grad_enabled():
-        # Sums stay in single precision and keys as they are: a wide copy of the cache would be read at every token.
-        flat = torch.bmm(grouped.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), out_dtype=wide)
-        scores = flat.view(len(q), heads, rows, k.shape[2]) * factor
-    else:
-        scores = ((grouped.to(wide) * factor) @ k.to(wide).transpose(2, 3)).view(len(q), heads, rows, k.shape[2])
+    scores = scores_of(q, k, q.shape[3] ** -0.5 if scale is None else scale)
     return scores if visible is None else scores.masked_fill(~visible[:, None], -torch.inf)
-
-
-def mixed(
-    weights: Float[Tensor, "batch heads rows keys"], v: Float[Tensor, "batch kv_heads keys dim"]
-) -> Float[Tensor, "batch heads rows dim"]:
-    """Values mixed by attention weights, in the type of the values (to which fused attention rounds weights too)."""
-    heads, rows = weights.shape[1:3]
-    grouped = weights.unflatten(1, (v.shape[1], -1)).flatten(2, 3)  # [B,KV,G*R,K]
-    return (grouped.to(v.dtype) @ v).view(len(v), heads, rows, v.shape[3])
 
 
 def rescored(
@@ -106,6 +89,42 @@ def regrouped(
     return torch.cat([out[:, :start], tail], 1)
 
 
+class Reach(NamedTuple):
+    """The samples whose generated tokens an op reweighs. chosen: None when it is all of them."""
+
+    chosen: Bool[Tensor, "batch 1"] | None
+    any: bool
+
+    @classmethod
+    def of(cls, op: Regroup, layout: Layout) -> "Reach":
+        """Looked up once for an answer, as looking waits for the device. It holds of any rows of the batch: where there
+        are fewer, some may be marked for nothing."""
+        chosen = layout.visual.any(1, keepdim=True)
+        every = op.everywhere or bool(chosen.all())
+        return cls(None if every else chosen, every or bool(chosen.any()))
+
+
+def only_row(
+    op: Regroup | Rescore,
+    q: Float[Tensor, "batch heads 1 dim"],
+    k: Float[Tensor, "batch kv_heads keys dim"],
+    v: Float[Tensor, "batch kv_heads keys dim"],
+    keys: Keys,
+    impl: str,
+    common: Common,
+) -> Float[Tensor, "batch 1 heads dim"] | None:
+    """The attention of a generated token under ``op``, computed once and not over plain attention; None where plain
+    attention is all there is to do."""
+    if isinstance(op, Rescore):
+        return rescored(op, q, k, v, keys, common.get("scale"), common.get("key_valid") is not None)[0][:, None]
+    reach: Reach = keys.lasting((Reach, op.everywhere), lambda: Reach.of(op, keys.layout))
+    if not reach.any:
+        return None
+    groups = keys.grown(op.groups, lambda: op.groups(keys))
+    out, _ = grouped_mass_attention(q, k, v, groups, rule=op.rule, row_sel=reach.chosen, impl=impl, **common)
+    return out.transpose(1, 2)
+
+
 def put_row(
     out: Float[Tensor, "batch rows heads dim"], new: Float[Tensor, "batch heads dim"], row: Int[Tensor, " batch"] | None
 ) -> Float[Tensor, "batch rows heads dim"]:
@@ -113,6 +132,15 @@ def put_row(
     if row is None:
         return new[:, None].to(out.dtype)
     return out.index_put((torch.arange(len(out), device=out.device), row), new.to(out.dtype))
+
+
+def ops_at(program: Program, kind: type) -> dict[int, list[Any]]:
+    """The ops of a kind by their layer, in order."""
+    found: dict[int, list[Any]] = {}
+    for site, op in program:
+        if isinstance(op, kind):
+            found.setdefault(site.layer, []).append(op)
+    return found
 
 
 def hook_layers(
@@ -190,8 +218,11 @@ class _Now:
             if self.resting():
                 return None
             assert self.run is not None
-            has_image = (self.run.total > 0)[:, None, None]
-            return torch.where(has_image, edit.change(out, self.keys()).to(out.dtype), out)
+            keys, has_image = self.keys(), self.run.total > 0
+            changed = edit.change(out, keys).to(out.dtype)
+            if not self.run.prompt and keys.lasting("all have images", lambda: bool(has_image.all())):
+                return changed
+            return torch.where(has_image[:, None, None], changed, out)
 
         return hook
 

@@ -15,14 +15,37 @@ def merging_away(
     merges: Int[Tensor, " segments"],
     class_token: bool = False,
     before: int = 0,
-) -> tuple[Bool[Tensor, "segments tokens"], Int[Tensor, "segments tokens"]]:
-    """Which tokens :func:`merge_pairs` merges into another, and the one that each is most alike to."""
-    number = numbers(valid) + before
-    first, second = valid & (number % 2 == 0), valid & (number % 2 == 1)
-    likeness = cosine(metric, metric).masked_fill(~second[:, None], -torch.inf)
-    best, partner = likeness.max(2)
-    free = first & ~(class_token & (number == 0)) & second.any(1, keepdim=True)
-    return (ranks(best, free) < merges.minimum(valid.sum(1) // 2)[:, None]) & free, partner
+) -> Bool[Tensor, "segments tokens"]:
+    """Which tokens :func:`merge_pairs` merges into another one."""
+    first, second = halves(valid, before)
+    place, there = places(first)
+    likeness, _ = _likeness(metric, place, second)  # [S,F,O]
+    best = likeness.amax(2) if likeness.shape[2] else likeness.sum(2)
+    free = there & second.any(1, keepdim=True)
+    if class_token and not before:
+        free = free & (place != first.int().argmax(1, keepdim=True))
+    gone = (ranks(best, free) < merges.minimum(valid.sum(1) // 2)[:, None]) & free
+    return torch.zeros_like(valid).scatter(1, place, gone)
+
+
+def halves(
+    valid: Bool[Tensor, "segments tokens"], before: int = 0
+) -> tuple[Bool[Tensor, "segments tokens"], Bool[Tensor, "segments tokens"]]:
+    """Every second token from the first of each segment on, and the others; ``before`` tokens stand before it."""
+    odd = (numbers(valid) + before) % 2 == 1
+    return valid & ~odd, valid & odd
+
+
+def _likeness(
+    metric: Float[Tensor, "segments tokens key_width"],
+    place: Int[Tensor, "segments some"],
+    among: Bool[Tensor, "segments tokens"],
+) -> tuple[Float[Tensor, "segments some marked"], Int[Tensor, "segments marked"]]:
+    """Cosines of the tokens at ``place`` to those that ``among`` marks (-inf to padding), and where these are."""
+    other, real = places(among)
+    marked = rows_at(metric, other).masked_fill(~real[..., None], 0)
+    hidden = torch.zeros_like(real, dtype=torch.float32).masked_fill_(~real, -torch.inf)
+    return cosine(rows_at(metric, place), marked) + hidden[:, None], other
 
 
 def merge_pairs(
@@ -45,17 +68,38 @@ def merge_pairs(
     Tokens come back in their order (the published code puts the first half before the second).
     Source: ToMe (ICLR 2023), section 3.
     """
-    gone, partner = merging_away(metric, valid, merges, class_token, before)
-    index = torch.arange(x.shape[1], device=x.device)
-    target = torch.where(gone, partner, index)  # [S,P]
+    return merge_away(x, metric, size, valid, merging_away(metric, valid, merges, class_token, before), before)
+
+
+def merge_away(
+    x: Float[Tensor, "segments tokens width"],
+    metric: Float[Tensor, "segments tokens key_width"],
+    size: Float[Tensor, "segments tokens"],
+    valid: Bool[Tensor, "segments tokens"],
+    gone: Bool[Tensor, "segments tokens"],
+    before: int = 0,
+) -> Reduced:
+    """Merge the tokens that :func:`merging_away` marked, each into the one that it is most alike to."""
+    tokens, (source, joins) = x.shape[1], places(gone)
     place, there = places(valid & ~gone)
-    join = (target[:, None] == place[..., None]) & valid[:, None] & there[..., None]  # [S,K,P]
-    weight = join * size.to(torch.promote_types(x.dtype, torch.float32))[:, None]
-    total = weight.sum(2)
-    mean = weighted_sums(weight / total[..., None].clamp_min(1e-30), x, valid)
-    alone = (join.sum(2) == 1)[..., None]  # bit for bit as it was
-    features = torch.where(alone, rows_at(x, place), mean)
-    return reduced(place, features, there, total.to(size.dtype))
+    if not source.shape[1]:
+        return reduced(place, rows_at(x, place), there, size.gather(1, place))
+    likeness, other = _likeness(metric, source, halves(valid, before)[1])
+    partner = other.gather(1, likeness.argmax(2))  # [S,M]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    together = (partner[..., None] == partner[:, None]) & joins[:, None]  # [S,M,M] which merge into the same one
+    weight = together * size.gather(1, source).to(wide)[:, None]
+    own = size.gather(1, partner).to(wide)
+    total = own + weight.sum(2)
+    more = weighted_sums(weight, rows_at(x, source).to(wide), joins)
+    mean = (own[..., None] * rows_at(x, partner) + more) / total[..., None].clamp_min(1e-30)
+    # Of several that merge into one, the first carries their mean; a token that none joins stays as it is, to the bit.
+    number = tokens + torch.arange(source.shape[1], device=x.device).expand(source.shape)
+    carrier = torch.full((len(x), tokens + 1), 2 * tokens, device=x.device)
+    carrier = carrier.scatter_reduce(1, torch.where(joins, partner, tokens), number, "amin").gather(1, place)
+    carrier = torch.where(carrier < 2 * tokens, carrier, place)
+    features = rows_at(torch.cat([x, mean.to(x.dtype)], 1), carrier)
+    return reduced(place, features, there, torch.cat([size, total.to(size.dtype)], 1).gather(1, carrier))
 
 
 def merges_per_block(blocks: int, mean: float, inflection: float = 0.0) -> list[int]:

@@ -14,9 +14,12 @@ STEPS = 1000  # of the diffusion whose noise is used
 
 def pixel_seed(images: Float[Tensor, "images *pixels"]) -> Int[Tensor, " images"]:
     """An integer of each image's pixels: exact, so the same image gives it in any batch."""
-    bits = images.detach().float().contiguous().view(torch.int32).flatten(1).long()
-    place = torch.arange(1, bits.shape[1] + 1, device=bits.device) % 8191
-    return (bits * place).sum(1) % 2**40
+    bits = images.detach().float().contiguous().view(torch.int32).flatten(1)
+    # bit pattern times place (from 1, modulo 8191), summed; those of equal place first
+    whole = bits.shape[1] // 8191 * 8191
+    total = bits[:, :whole].unflatten(1, (-1, 8191)).sum(1, dtype=torch.long)  # [N,8191]
+    total[:, : bits.shape[1] - whole] += bits[:, whole:]
+    return (total * (torch.arange(1, 8192, device=bits.device) % 8191)).sum(1) % 2**40
 
 
 def signal_left(step: int) -> float:

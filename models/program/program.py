@@ -18,6 +18,7 @@ from vlm.models.errors import ModelError
 from vlm.models.program.budget import Budget
 from vlm.models.program.cache import Evict, EvictStep, ReadStep
 from vlm.models.program.contexts import Context
+from vlm.models.program.keys import Keys
 from vlm.models.program.layout import Layout
 from vlm.models.program.reduce import Reduced
 from vlm.models.program.schedule import budgets
@@ -100,14 +101,14 @@ class Tokens:
 
     total: tokens of each segment before any cut. images: images of each segment; image: which of them each token
     belongs to, numbered over the batch. row, col: its place in the image's grid. size: how many tokens it is the mean
-    of, None before any merging. seed is an integer that depends on the segment's pixels only, so that random choices do
-    not depend on which other samples share the batch. signal gives a signal's values for these tokens (its key axis is
-    this segment's tokens).
+    of, None before any merging. seed gives an integer that depends on the segment's pixels only, so that random choices
+    do not depend on which other samples share the batch. signal gives a signal's values for these tokens (its key axis
+    is this segment's tokens).
     """
 
     x: Float[Tensor, "segments tokens width"]
     valid: Bool[Tensor, "segments tokens"]
-    seed: Int[Tensor, " segments"]
+    seed: Callable[[], Int[Tensor, " segments"]]
     signal: Callable[[Signal], Tensor]
     total: Int[Tensor, " segments"]
     images: Int[Tensor, " segments"]
@@ -115,7 +116,7 @@ class Tokens:
     row: Int[Tensor, "segments tokens"]
     col: Int[Tensor, "segments tokens"]
     size: Float[Tensor, "segments tokens"] | None = None
-    text: Text | None = None
+    text: Callable[[], Text] | None = None  # found when it is asked for
 
     @classmethod
     def of_images(
@@ -129,12 +130,12 @@ class Tokens:
         """Segments that are whole images, before any cut, in raster order of ``columns`` columns."""
         place, one = torch.arange(x.shape[1], device=x.device).expand(valid.shape), torch.ones_like(seed)
         image = torch.arange(len(x), device=x.device)[:, None].expand(valid.shape)
-        return cls(x, valid, seed, signal, valid.sum(1), one, image, place // columns, place % columns)
+        return cls(x, valid, lambda: seed, signal, valid.sum(1), one, image, place // columns, place % columns)
 
     @property
     def text_tokens(self) -> Text:
         assert self.text is not None  # check() lets only selectors of the language model ask
-        return self.text
+        return self.text()
 
 
 class Selector(NamedTuple):
@@ -167,28 +168,13 @@ class Select:
     weigh: bool = False
 
 
-class Keys(NamedTuple):
-    """What an op inside a layer sees: the layout of the layer's keys and the signals it asked for, as the prompt gave
-    them; tokens generated since have 0."""
-
-    layout: Layout
-    signal: Callable[[Signal], Tensor]
-
-    @property
-    def question(self) -> Bool[Tensor, "batch keys"]:
-        """The prompt's text after the last image; generated tokens are no part of it. None of a sample without one."""
-        layout = self.layout
-        after = layout.last(layout.visual)[:, None]
-        place = torch.arange(layout.role.shape[1], device=layout.role.device)
-        return layout.valid & (layout.source >= 0) & (after >= 0) & (place > after)
-
-
 @dataclass(frozen=True)
 class Regroup:
     """Op at ``attn[l]``: reweigh groups of keys by ``rule`` in the rows after the last image token.
 
-    ``groups(keys)`` gives each key its group, in each head where heads differ. Cache and cost of other rows are
-    untouched. everywhere: all rows instead, those of samples without an image among them.
+    ``groups(keys)`` gives each key its group, in each head where heads differ. It is asked for the prompt and for the
+    first generated token; later ones are in the group of that one, and keys of the prompt stay in theirs. Cache and
+    cost of other rows are untouched. everywhere: all rows instead, those of samples without an image among them.
     """
 
     groups: Callable[[Keys], Int[Tensor, "batch keys"] | Int[Tensor, "batch heads keys"]]
@@ -393,6 +379,8 @@ def check(program: Program, facts: Facts) -> None:
             if what in facts.refuses:
                 raise ModelError(f"{site}: {facts.refuses[what]}")
         for signal in needs_of(op, facts.layers):
+            if (what := type(signal).__name__) in facts.refuses:
+                raise ModelError(f"{site}: {facts.refuses[what]}")
             _check_signal(site, signal, facts)
         if isinstance(op, Rewrite | Control) and (wrong := [n for n in op.inner if not 0 <= n <= facts.layers]):
             raise ModelError(f"{site}: it reads the state after 0 to {facts.layers} layers; found {wrong[0]}")

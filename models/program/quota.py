@@ -93,7 +93,7 @@ def crop_quotas(
     """Tokens to keep of the whole picture and of each of its ``rows * columns`` crops, all of equal size.
 
     early_attention: class-token attention of the whole picture in the first encoder layer; its largest
-        ``1 - whole_share`` of tokens vote for the crop that they lie in.
+        ``1 - whole_share`` of tokens vote for the crop that they lie in. Padding, below 0, has no vote.
     divide_by: ``"chunks"``, the crops' votes are runs of the flat token list, as in the code; ``"cells"``, they are
         the cells of the picture that the crops show (square pictures only).
 
@@ -103,7 +103,7 @@ def crop_quotas(
     whole = min(int(total * whole_share), n)
     rest = min(total - whole, crops * n)
     voters = early_attention.argsort(descending=True, stable=True)[: int(n * (1 - whole_share))]
-    votes = torch.zeros(n).scatter(0, voters.cpu(), 1)
+    votes = torch.zeros(n).scatter(0, voters.cpu(), (early_attention[voters] >= 0).float().cpu())
     if divide_by == "chunks":
         weight = votes.reshape(crops, -1).sum(1)
     else:

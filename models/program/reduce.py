@@ -111,8 +111,7 @@ def add_weighted_neighbours(
     likeness = cosine(rows_at(key, place), key)  # [S,K,P]
     itself = place[..., None] == torch.arange(x.shape[1], device=x.device)
     candidate = valid[:, None] & ~itself & dropped.any(1)[:, None, None]
-    rank = ranks(likeness.flatten(0, 1), candidate.expand_as(likeness).flatten(0, 1)).unflatten(0, likeness.shape[:2])
-    near = (rank < neighbours) & candidate
+    near = _most_alike(likeness.masked_fill(~candidate, -torch.inf), neighbours) & candidate
     weight = weight.to(likeness.dtype)
     merged = Reduced(place, rows_at(x, place) + weighted_sums(near * weight[:, None], x, valid), there)
     share = (weight * dropped)[:, None]  # [S,1,P]
@@ -138,14 +137,16 @@ def add_clusters(
     """
     dropped = valid & ~kept
     recycled, clusters = clusters_of(dropped.sum(1), share, tokens_per_cluster)
-    again = (ranks(score, dropped) < recycled[:, None]) & dropped
+    index, again = places((ranks(score, dropped) < recycled[:, None]) & dropped)  # [S,T], few of the tokens
     clusters = clusters if most is None else clusters.minimum(most)
-    centre, cluster = density_peaks(x, again, clusters)
-    place, there = places(centre)
+    few = rows_at(x, index)  # distances are between these only
+    centre, cluster = density_peaks(few.detach(), again, clusters)
+    place, there = places(centre)  # [S,C] among the few
     join = (cluster[..., None] == place[:, None]) & again[..., None] & there[:, None]
     size = join.sum(1)
     mean = join.double() / size[:, None].clamp_min(1)
-    return _together(drop(x, valid, kept), Reduced(place, weighted_sums(mean.transpose(1, 2), x, valid), there))
+    means = weighted_sums(mean.transpose(1, 2), few, again)
+    return _together(drop(x, valid, kept), Reduced(index.gather(1, place), means, there))
 
 
 def clusters_of(
@@ -154,6 +155,16 @@ def clusters_of(
     """How many of ``dropped`` tokens :func:`add_clusters` recycles, and into how many clusters."""
     recycled = torch.where(dropped > 0, (dropped.double() * share + 1e-9).long() + 1, 0)
     return recycled, torch.where(dropped > 0, recycled // tokens_per_cluster + 1, 0)
+
+
+def _most_alike(likeness: Float[Tensor, "*rows tokens"], count: int) -> Bool[Tensor, "*rows tokens"]:
+    """The ``count`` largest of each row, the earlier of a tie: by the smallest that belongs to them, without a sort."""
+    count = min(count, likeness.shape[-1])
+    if not count:
+        return torch.zeros_like(likeness, dtype=torch.bool)
+    least = likeness.topk(count).values[..., -1:]
+    above, level = likeness > least, likeness == least
+    return above | (level & (level.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
 
 
 def _nearest(

@@ -46,14 +46,13 @@ def raised(
     scores: Float[Tensor, "batch heads keys"], by: Float[Tensor, "batch #heads keys"]
 ) -> Float[Tensor, "batch heads keys"]:
     """``z + by |z|``: PAI (ECCV 2024), section 3.2. ``by`` is 0 where nothing changes."""
-    hidden = scores.isneginf()
-    return torch.where(hidden, scores, scores + by.to(scores.dtype) * scores.masked_fill(hidden, 0).abs())
+    size = scores.nan_to_num(neginf=0.0).abs()  # nothing is added to a hidden key's score
+    return torch.addcmul(scores, by.to(scores.dtype), size)
 
 
 def raised_together(
     scores: Float[Tensor, "batch heads keys"], by: float, keys: Bool[Tensor, "batch keys"]
 ) -> Float[Tensor, "batch heads keys"]:
     """``z + by mean over heads |z|`` at ``keys``, the same in every head: HGAI (CVPR 2025), section 4."""
-    hidden = scores.isneginf()
-    mean = scores.masked_fill(hidden, 0).abs().mean(1, keepdim=True)
-    return torch.where(hidden | ~keys[:, None], scores, scores + by * mean)
+    mean = scores.nan_to_num(neginf=0.0).abs().mean(1, keepdim=True)
+    return torch.addcmul(scores, mean, by * keys[:, None].to(scores.dtype))

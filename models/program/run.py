@@ -11,6 +11,7 @@ from torch import Tensor
 from vlm.models.errors import ModelError
 from vlm.models.program.cache import Held
 from vlm.models.program.layout import Layout, Side
+from vlm.models.program.segments import rows_at
 from vlm.models.program.signals import Signal
 
 
@@ -26,7 +27,7 @@ class Kept(NamedTuple):
     merged: Bool[Tensor, "batch kept"] | None = None
 
     def apply(self, hidden: Float[Tensor, "batch length width"]) -> Float[Tensor, "batch kept width"]:
-        out = hidden.gather(1, self.place[..., None].expand(-1, -1, hidden.shape[2]))
+        out = rows_at(hidden, self.place)
         if self.merge is None or self.merged is None:
             return out
         return torch.where(self.merged[..., None], self.merge(hidden).to(out.dtype), out)
@@ -36,8 +37,8 @@ class Run:
     """The layouts and signals of one stream: made for a prompt, extended with every generated token.
 
     layouts: first layer -> layout of the sequence from that layer on; a cut adds one. kept: layer -> what its cut kept,
-    None if all. prompt: whether the pass under way is the prompt's; step: tokens generated so far. seed: an integer of
-    each image's pixels. asks: places in the uncut sequence whose rows ask for what follows (see
+    None if all. prompt: whether the pass under way is the prompt's; step: tokens generated so far. seed: gives an
+    integer of each image's pixels. asks: places in the uncut sequence whose rows ask for what follows (see
     :class:`~vlm.models.program.signals.Received`), None for a prompt. total: visual tokens of each sample before any
     cut. deep: features [batch, length, width] that a model adds after its first decoder layers, one tensor each, at
     the places of the sequence as the data layer made it (``Layout.source``). held: layer -> what its cache holds, for
@@ -46,10 +47,11 @@ class Run:
     state in the pass that was last. grids: rows and columns of each image's tokens before any cut, where all images are
     such grids. packed: whether the sequences are packs of samples; lengths: of each, where that is all that attention
     needs to know (see :mod:`vlm.models.pack`). memo: what stays as it is while an answer
-    grows; other rows begin without.
+    grows, of any rows of it; tensors in it have the batch first. watchers: who adds up signals that all layers have a
+    say in. rotary: position embeddings of the pass, by the first layer of the stage and what else they depend on.
     """
 
-    def __init__(self, layout: Layout, side: Side, seed: Int[Tensor, " images"]) -> None:
+    def __init__(self, layout: Layout, side: Side, seed: Callable[[], Int[Tensor, " images"]]) -> None:
         self.layouts: dict[int, Layout] = {0: layout}
         self.side: Side = side
         self.seed = seed
@@ -68,6 +70,8 @@ class Run:
         self.grids: list[tuple[int, int]] = []
         self.first: Float[Tensor, "batch vocab"] | None = None  # logits that the prompt gave, for other contexts
         self.memo: dict[Any, Any] = {}
+        self.watchers: dict[Signal, Any] = {}
+        self.rotary: dict[Any, Any] = {}
         self._signals: dict[int, dict[Signal, Tensor]] = {0: {}}
         self._asks: dict[int, Int[Tensor, "batch asks"]] = {}
         self._masks: dict[int, Bool[Tensor, "batch 1 rows keys"] | None] = {}
@@ -82,6 +86,7 @@ class Run:
         self._signals[layer] = {s: s.take(value, index) for s, value in self._signals[before].items()}
         self.layouts[layer] = layout
         self._masks.pop(layer, None)
+        self.rotary.clear()
         self._asks.pop(layer, None)
 
     def put(self, signal: Signal, value: Tensor) -> None:
@@ -131,6 +136,7 @@ class Run:
         self.prompt = False
         self.step += count
         self._masks.clear()
+        self.rotary.clear()
 
     def truncate(self, count: int) -> None:
         """Take back the last ``count`` generated tokens. Raises ModelError where a cache policy remembers them."""
@@ -143,14 +149,15 @@ class Run:
             self.layouts[first] = Layout(*shorter)
         self.step -= count
         self._masks.clear()
+        self.rotary.clear()
 
     def take_rows(self, index: Int[Tensor, " rows"]) -> "Run":
         """The run of a batch whose row i is row ``index[i]`` of this one. What was cut of the prompt is forgotten."""
         taken = copy(self)
         batch = len(self.total)
-        for name in ("layouts", "asks", "total", "held", "memory", "inner", "_signals", "_asks"):
+        for name in ("layouts", "asks", "total", "held", "memory", "inner", "memo", "_signals", "_asks"):
             setattr(taken, name, _rows(getattr(self, name), index, batch))
-        taken.kept, taken.deep, taken._masks, taken.memo = {}, [], {}, {}
+        taken.kept, taken.deep, taken._masks, taken.rotary = {}, [], {}, {}
         return taken
 
     def mask(self, first: int, rows: int) -> Bool[Tensor, "batch 1 rows keys"] | None:
@@ -180,12 +187,9 @@ class Run:
 
     def segment_seed(self, layout: Layout) -> Int[Tensor, " batch"]:
         """One integer per sample from the pixels of its images, whatever else is in the batch."""
-        batch = layout.image.shape[0]
-        total = torch.zeros(batch, dtype=torch.long, device=layout.image.device)
-        for image, seed in enumerate(self.seed.tolist()):
-            owners = (layout.image == image).any(1)
-            total = total + owners * (seed % 2**40)
-        return total
+        seed = self.seed()
+        shown = seed.new_zeros(len(layout.image), len(seed) + 1).scatter(1, layout.image + 1, 1)  # 0: text
+        return (shown[:, 1:] * (seed % 2**40)).sum(1)
 
     def visual_tokens(self, layers: int) -> list[float]:
         """Mean number of visual tokens per sample in each decoder layer."""

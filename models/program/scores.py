@@ -3,13 +3,13 @@
 Shapes: [segments, tokens] with ``valid``; scores of padding are 0 and no statistic looks at it.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vlm.models.program.segments import cosine, unit
+from vlm.models.program.segments import cosine, members, rows_at, unit
 
 
 def shares(
@@ -61,7 +61,7 @@ def value_similarity(
     The softmax runs over the class token too and the products are not scaled, as FlowCut's code has it (its paper
     says cosine). Source: FlowCut (NeurIPS 2025), section 3.2 and official code.
     """
-    product = torch.einsum("shd,shtd->sht", class_value.float(), value.float())
+    product = (value.float() @ class_value.float()[..., None])[..., 0]  # [S,H,T]
     itself = class_value.float().square().sum(-1, keepdim=True)  # [S,H,1]
     every = torch.cat([itself, product.masked_fill(~valid[:, None], -torch.inf)], -1)
     return every.softmax(-1)[..., 1:].mean(1)
@@ -70,6 +70,34 @@ def value_similarity(
 def value_strength(value: Float[Tensor, "segments heads tokens dim"]) -> Float[Tensor, "segments tokens"]:
     """L1 norm of the mean over heads of the values. Source: FlowCut (NeurIPS 2025), section 3.2."""
     return value.float().mean(1).abs().sum(-1)
+
+
+def first_row(
+    q: Float[Tensor, "batch heads rows dim"],
+    k: Float[Tensor, "batch kv_heads keys dim"],
+    *,
+    scale: float | None = None,
+    key_valid: Bool[Tensor, "batch keys"] | None = None,
+    **_: Any,
+) -> Float[Tensor, "batch heads keys"]:
+    """Attention of the first row in a call that is not causal. It is what pruners in encoders ask for most, and one
+    product: less than it takes to set up :func:`~vlm.kernels.received.received_attention`."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    grouped = q[:, :, :1].to(wide).unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # [B,KV,heads of the group,D]
+    score = (grouped @ k.to(wide).transpose(2, 3)).flatten(1, 2) * (scale or q.shape[3] ** -0.5)
+    return (score if key_valid is None else score.masked_fill(~key_valid[:, None], -torch.inf)).softmax(-1)
+
+
+def visible_shares(
+    row: Float[Tensor, "batch heads asks dim"],
+    key: Float[Tensor, "batch heads keys dim"],
+    scale: float,
+    visible: Bool[Tensor, "batch asks keys"],
+) -> Float[Tensor, "batch asks keys"]:
+    """Softmax over the visible keys of the scaled products, mean over heads; 0 in a row that sees none."""
+    wide = torch.promote_types(row.dtype, torch.float32)
+    product = row.to(wide) @ key.to(wide).transpose(2, 3) * scale
+    return product.masked_fill(~visible[:, None], -torch.inf).softmax(-1).mean(1).masked_fill(~visible, 0)
 
 
 def flow(
@@ -104,7 +132,10 @@ def effective_rank(
     if centre:
         mean = x.sum(1, keepdim=True) / valid.sum(1)[:, None, None].clamp_min(1)
         x = (x - mean).masked_fill(~valid[..., None], 0)
-    values = torch.linalg.svdvals(x)  # zero rows add zeros, which add no entropy
+    gram = x.mT @ x if x.shape[1] >= x.shape[2] else x @ x.mT  # the smaller one has the same values, squared
+    square = torch.linalg.eigvalsh(gram).clamp_min(0)
+    rounding = torch.finfo(square.dtype).eps * max(x.shape[1:]) * square.amax(1, keepdim=True)
+    values = square.masked_fill(square <= rounding, 0).sqrt()  # zeros add no entropy
     share = values / values.sum(1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
     return torch.special.entr(share).sum(1).exp().float()
 
@@ -165,7 +196,9 @@ def rotary_decay(
     """
     if theta is None:
         theta = base ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=distance.device) / dim)
-    return (2 / dim**0.5 * (distance[..., None] * theta).cos().sum(-1)).clamp_min(floor).float()
+    each = torch.arange(int(distance.max()) + 1 if distance.numel() else 0, device=distance.device)
+    decay = (2 / dim**0.5 * (each[:, None] * theta).cos().sum(-1)).clamp_min(floor).float()
+    return decay[distance.long()]  # many pairs are as far apart
 
 
 def text_relevance(
@@ -211,7 +244,8 @@ def relevance_kernel(
 
     Source: CDPruner (NeurIPS 2025), section 3.3.
     """
-    return relevance[:, :, None] * cosine(x, x) * relevance[:, None, :]
+    scaled = relevance[..., None] * unit(x)
+    return scaled @ scaled.transpose(1, 2)
 
 
 def holistic(
@@ -226,19 +260,20 @@ def holistic(
     The variance is scaled to the mean of the attention in the chunk and weighs ``weight``; its mean is over the
     other tokens, its sum also counts the token's own zero, as in the code. Source: HoloV (NeurIPS 2025), section 3.
     """
-    same = (chunk[:, :, None] == chunk[:, None, :]) & valid[:, :, None] & valid[:, None, :]
-    itself = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
-    others = same.sum(2) - 1  # [S,P]
-    unitary = unit(x)
-    similarity = (unitary @ unitary.transpose(1, 2)).masked_fill(~same | itself, 0)
-    mean = similarity.sum(2) / others.clamp_min(1)
-    off = (similarity - mean[..., None]).masked_fill(~same, 0)
-    variance = off.square().sum(2) / others.clamp_min(1)
-    attention = 1000 * attention.float().masked_fill(~valid, 0)
-    size = (others + 1).clamp_min(1)
-    level = (same * attention.abs()[:, None, :]).sum(2) / size
-    spread = (same * variance.abs()[:, None, :]).sum(2) / size
-    return (attention + weight * variance * level / (spread + 1e-6)).masked_fill(~valid, 0)
+    index, there = members(chunk, valid)  # [S,C,M]: each chunk on its own, none with the tokens of another
+    flat = index.flatten(1)
+    unitary = unit(rows_at(x, flat).unflatten(1, index.shape[1:]))  # [S,C,M,W]
+    pair = there[..., None] & there[..., None, :]
+    itself = torch.eye(index.shape[2], dtype=torch.bool, device=x.device)
+    similarity = (unitary @ unitary.transpose(2, 3)).masked_fill(~pair | itself, 0)
+    size = there.sum(2, keepdim=True)  # [S,C,1]
+    others = (size - 1).clamp_min(1)
+    mean = similarity.sum(3) / others
+    variance = (similarity - mean[..., None]).masked_fill(~pair, 0).square().sum(3) / others  # [S,C,M]
+    own = 1000 * attention.float().gather(1, flat).view(index.shape).masked_fill(~there, 0)
+    level, spread = (value.abs().sum(2, keepdim=True) / size.clamp_min(1) for value in (own, variance))
+    score = (own + weight * variance * level / (spread + 1e-6)).masked_fill(~there, 0)
+    return torch.zeros_like(attention, dtype=score.dtype).scatter_add(1, flat, score.flatten(1))
 
 
 def mean_of_groups(

@@ -47,11 +47,30 @@ def places(
     return order, kept.gather(1, order)
 
 
+def members(
+    group: Int[Tensor, "segments tokens"], valid: Bool[Tensor, "segments tokens"]
+) -> tuple[Int[Tensor, "segments groups most"], Bool[Tensor, "segments groups most"]]:
+    """Indices of the valid tokens of each group in order, padded on the right, and which of them are real."""
+    groups = int(group.max()) + 1 if group.numel() else 0
+    own = group.masked_fill(~valid, groups)  # padding is a group of its own, the last
+    order = own.argsort(dim=1, stable=True)
+    own = own.gather(1, order)
+    within = torch.arange(own.shape[1], device=own.device) - torch.searchsorted(own, own)
+    size = torch.zeros(len(own), groups + 1, dtype=torch.long, device=own.device)
+    size = size.scatter_add(1, own, torch.ones_like(own))[:, :groups]
+    most = int(size.max()) if size.numel() else 0
+    spare = groups * most
+    index = torch.zeros(len(own), spare + 1, dtype=torch.long, device=own.device)
+    index.scatter_(1, torch.where(own < groups, own * most + within, spare), order)
+    return index[:, :spare].view(len(own), groups, most), torch.arange(most, device=own.device) < size[..., None]
+
+
 def cosine(
     x: Float[Tensor, "segments tokens width"], y: Float[Tensor, "segments others width"]
 ) -> Float[Tensor, "segments tokens others"]:
     """Cosine similarity of each token of ``x`` with each of ``y``, at least in single precision."""
-    return unit(x) @ unit(y).transpose(1, 2)
+    with torch.autocast(x.device.type, enabled=False):  # which makes products in half precision of it
+        return unit(x) @ unit(y).transpose(1, 2)
 
 
 def unit(x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
@@ -64,7 +83,8 @@ def rows_at(
     x: Float[Tensor, "segments tokens width"], place: Int[Tensor, "segments picks"]
 ) -> Float[Tensor, "segments picks width"]:
     """The features of the tokens at ``place``."""
-    return x.gather(1, place[..., None].expand(-1, -1, x.shape[2]))
+    segment = torch.arange(len(x), device=x.device)[:, None]
+    return x[segment, place]  # whole rows at once: a gather looks up every number
 
 
 def weighted_sums(

@@ -6,13 +6,14 @@ Every choice is per segment and independent of padding and of the other segments
 """
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vlm.models.errors import ModelError
-from vlm.models.program.debias import SHOWN, Debias
+from vlm.models.program.debias import SHOWN, Debias, PatchPlace, PatchShown
 from vlm.models.program.diverse import max_min_order
 from vlm.models.program.program import Selector, Tokens
 from vlm.models.program.reduce import Reduced, add_weighted_neighbours
@@ -137,24 +138,61 @@ def top_by(signal: Signal, debias: Debias | None = None) -> Selector:
 def scored_by(
     signal: Signal, debias: Debias | None = None
 ) -> tuple[tuple[Signal, ...], Callable[[Tokens], Float[Tensor, "segments tokens"]]]:
-    """The signals that a score needs, and the score: the signal (one value a token), debiased if asked.
+    """The signals that a score needs, and the score: the signal (mean over heads where it has them), debiased if asked.
 
-    Places are those in the image before any cut of the language model; in the encoder, among the patches that are left.
+    Places are those in the image before any cut of the language model; in the encoder, in the view before any cut.
     """
     if debias is None:
-        return (signal,), lambda tokens: tokens.signal(signal)
-    if signal.part == "vision":
-        if debias.padding is not None:
-            raise ModelError(f"debias: padding: expected a cut inside the language model; found a score of {signal}")
-        return (signal,), lambda tokens: debias(tokens.signal(signal), tokens.valid)
-    place = RasterShare()
+        return (signal,), lambda tokens: per_patch(tokens, signal)
+    place, shown = (PatchPlace(), PatchShown()) if signal.part == "vision" else (RasterShare(), SHOWN)
     if debias.padding is None:
-        return (signal, place), lambda tokens: debias(tokens.signal(signal), tokens.valid, tokens.signal(place))
+        return (signal, place), lambda tokens: debias(per_patch(tokens, signal), tokens.valid, tokens.signal(place))
 
     def score(tokens: Tokens) -> Float[Tensor, "segments tokens"]:
-        return debias(tokens.signal(signal), tokens.valid, tokens.signal(place), tokens.signal(SHOWN))
+        value = per_patch(tokens, signal)
+        return debias(value, tokens.valid, tokens.signal(place), tokens.signal(shown))
 
-    return (signal, place, SHOWN), score
+    return (signal, place, shown), score
+
+
+class Ranking(NamedTuple):
+    """A score of the encoder's patches, debiased if asked, and the signals it needs: see :func:`scored_by`."""
+
+    needs: tuple[Signal, ...]
+    score: Callable[[Tokens], Float[Tensor, "segments tokens"]]
+    debias: Debias | None = None
+
+    @classmethod
+    def of(cls, signal: Signal, debias: Debias | None) -> "Ranking":
+        return cls(*scored_by(signal, debias), debias)
+
+    def over(self, selector: Selector, adaptive: bool = False) -> Selector:
+        """A selector whose functions use the score, with the signals that it takes.
+
+        With padding suppressed, patches of padding are hidden from the whole method, from what is chosen without a
+        score and what others are merged into as well; but for the best of them where the budget is larger than the
+        picture. adaptive: the selector decides itself how many stay, and asks for none of these.
+        """
+        needs = (*selector.needs, *(need for need in self.needs if need not in selector.needs))
+        choose, reduce = selector.choose, selector.reduce
+        if self.debias is None or self.debias.padding is None:
+            return Selector(choose, needs, reduce)
+
+        def bare(tokens: Tokens, count: Int[Tensor, " segments"]) -> Tokens:
+            return self._without_padding(tokens, torch.ones_like(count) if adaptive else count)
+
+        return Selector(
+            lambda tokens, count: choose(bare(tokens, count), count),
+            needs,
+            None if reduce is None else lambda tokens, kept, count: reduce(bare(tokens, count), kept, count),
+        )
+
+    def _without_padding(self, tokens: Tokens, count: Int[Tensor, " segments"]) -> Tokens:
+        """The tokens without those of padding, but not fewer than ``count``."""
+        score = self.score(tokens)
+        shown = tokens.valid & (score >= 0)
+        more = top(score, tokens.valid & ~shown, (count - shown.sum(1)).clamp_min(0))
+        return replace(tokens, valid=shown | more)
 
 
 def attention_from_last_row(layer: int, debias: Debias | None = None) -> Selector:
@@ -166,7 +204,7 @@ def uniform_random(seed: int) -> Selector:
     """A uniformly random subset, drawn anew for each segment from ``seed`` and the segment's pixels."""
 
     def choose(tokens: Tokens, count: Int[Tensor, " segments"]) -> Bool[Tensor, "segments tokens"]:
-        return top(random_scores(tokens.valid, tokens.seed, seed), tokens.valid, count)
+        return top(random_scores(tokens.valid, tokens.seed(), seed), tokens.valid, count)
 
     return Selector(choose)
 
@@ -202,6 +240,6 @@ def added_to_neighbours(
 
 
 def per_patch(tokens: Tokens, score: Signal) -> Float[Tensor, "segments tokens"]:
-    """A score of the encoder's patches, mean over heads where it has one for each."""
+    """A score of tokens, mean over heads where it has one for each."""
     value = tokens.signal(score)
     return value.mean(1) if value.ndim == 3 else value

@@ -12,12 +12,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vlm.kernels.received import received_attention
+from vlm.kernels.received import attention_rows, received_attention
 from vlm.kernels.visibility import Common
 from vlm.models.errors import ModelError
+from vlm.models.program import scores
 from vlm.models.program.kv_budget import Window
 from vlm.models.program.layout import Layout, compact
-from vlm.models.program.scores import flow, rated, rotary_decay, text_raters, value_similarity, value_strength
 from vlm.models.program.segments import rows_at, unit
 from vlm.models.program.shape import DecoderShape
 
@@ -30,7 +30,8 @@ class Attention(NamedTuple):
 
     layout: of the keys; None in a vision encoder. valid: which keys are real. prefix: keys before an encoder's patches
     (class token, registers). asks: keys whose rows ask for what follows, -1 where unused (see :class:`Received`).
-    signal: values over these keys of a signal that was read before. frequencies: of the rotary positions.
+    signal: values over these keys of a signal that was read before. frequencies: of the rotary positions. memo: what
+    signals of this call share.
     """
 
     q: Float[Tensor, "batch heads rows dim"]
@@ -44,6 +45,7 @@ class Attention(NamedTuple):
     prefix: int = 0
     signal: "Callable[[Signal], Tensor] | None" = None
     frequencies: Float[Tensor, " half"] | None = None
+    memo: dict[Any, Tensor] | None = None
 
     def received(
         self,
@@ -53,9 +55,8 @@ class Attention(NamedTuple):
     ) -> Float[Tensor, "batch heads keys"]:
         """What each key gets from the rows of the given keys (-1: unused)."""
         rows = torch.where(rows >= 0, rows - (self.k.shape[2] - self.q.shape[2]), -1)
-        return received_attention(
-            self.q, self.k, None, rows, row_weight=weight, reduce=reduce, impl=self.impl, **self.common
-        )
+        how: Any = {"row_weight": weight, "reduce": reduce, "impl": self.impl}
+        return received_attention(self.q, self.k, None, rows, **how, **self.common)
 
     def places(self, rows: Rows) -> Int[Tensor, "batch chosen"]:
         """The keys whose rows are meant by ``rows``, -1 where unused."""
@@ -80,8 +81,7 @@ def question(layout: Layout, asks: Int[Tensor, "batch asks"] | None) -> Bool[Ten
     place = torch.arange(layout.role.shape[1], device=layout.role.device)
     image, end = layout.last(layout.visual)[:, None], layout.last(layout.valid)[:, None]  # [B,1]
     if asks is not None:
-        beyond = torch.where(asks > image, asks, layout.role.shape[1]).amin(1, keepdim=True)
-        end = torch.minimum(end, beyond)
+        end = torch.minimum(end, torch.where(asks > image, asks, layout.role.shape[1]).amin(1, keepdim=True))
     found = layout.valid & (place > image) & (place <= end)
     return found | ((place == end) & layout.valid & ~found.any(1, keepdim=True))
 
@@ -189,8 +189,7 @@ class LastQueries(Signal):
     axis: ClassVar[int] = 0
 
     def read(self, seen: Attention) -> Tensor:
-        index = (seen.places(self.rows) - (seen.k.shape[2] - seen.q.shape[2])).clamp_min(0)
-        return seen.q.gather(2, index[:, None, :, None].expand(-1, seen.q.shape[1], -1, seen.q.shape[3]))
+        return seen.q.gather(2, _rows_of(seen.places(self.rows) - (seen.k.shape[2] - seen.q.shape[2]), seen.q))
 
 
 @dataclass(frozen=True)
@@ -230,7 +229,7 @@ class Raters(Signal):
     def read_layout(self, hidden: Tensor, layout: Layout, asks: Int[Tensor, "batch asks"] | None) -> Tensor:
         asked = question(layout, asks)
         (seen, there), (words, real) = compact(layout.visual, "right"), compact(asked, "right")
-        chosen = text_raters(rows_at(hidden, seen), rows_at(hidden, words), there, real)
+        chosen = scores.text_raters(rows_at(hidden, seen), rows_at(hidden, words), there, real)
         last = torch.arange(words.shape[1], device=words.device) == real.sum(1, keepdim=True) - 1
         chosen = chosen | (last & ~chosen.any(1, keepdim=True))
         return torch.zeros_like(asked, dtype=torch.long).scatter_add(1, words, (chosen & real).long()) > 0
@@ -254,10 +253,11 @@ class Rated(Signal):
         if not self.gravity and self.heads is None:
             weight = real.to(seen.q.dtype) / real.sum(1, keepdim=True).clamp_min(1)
             return seen.received(rows, weight).mean(1)
-        by_row = torch.stack([seen.received(row[:, None]) for row in rows.unbind(1)], 2)  # [B,H,R,K]
+        before = seen.k.shape[2] - seen.q.shape[2]
+        by_row = attention_rows(seen.q, seen.k, rows - real * before, **seen.common)  # [B,H,R,K]
         if self.gravity:
             by_row = by_row / self._gravity(seen, seen.layout, index)[:, None]
-        return rated(by_row.masked_fill(~seen.layout.visual[:, None, None], 0), real, self.heads)
+        return scores.rated(by_row.masked_fill(~seen.layout.visual[:, None, None], 0), real, self.heads)
 
     def _gravity(self, seen: Attention, layout: Layout, rows: Tensor) -> Float[Tensor, "batch rows keys"]:
         if seen.frequencies is None or layout.axes is not None:
@@ -266,7 +266,7 @@ class Rated(Signal):
                 "language model does not have; use v1.5"
             )
         apart = (layout.position.gather(1, rows)[..., None] - layout.position[:, None]).abs()
-        return rotary_decay(apart, seen.q.shape[3], theta=seen.frequencies)
+        return scores.rotary_decay(apart, seen.q.shape[3], theta=seen.frequencies)
 
 
 @dataclass(frozen=True)
@@ -295,12 +295,14 @@ class Given(Signal):
     gradient, and gives one number for each visual token of each row in order, padded on the right; [batch, keys].
 
     inputs and weights are those of the pass (weights None but in training). observes: it runs the model itself, under
-    :func:`~vlm.models.program.observe.observe`.
+    :func:`~vlm.models.program.observe.observe`. watch: makes a watcher, which is shown (layer, attention) of all layers
+    of a bare pass and then has the same scores as ``total``; see :class:`~vlm.models.program.ahead.Watch`.
     """
 
     layer: int = 0
     scores: Scores = field(kw_only=True, repr=False)
     observes: bool = False
+    watch: Callable[[], Any] | None = field(default=None, repr=False)
     of_inputs: ClassVar[bool] = True
 
 
@@ -321,26 +323,14 @@ class VisualFlow(Signal):
         value = seen.v.gather(2, _rows_of(rows, seen.v))
         key = seen.k.repeat_interleave(query.shape[1] // seen.k.shape[1], 1)
         scale = seen.common.get("scale") or key.shape[3] ** -0.5
-        by_row = sum(_shares_of(of, other, scale, visible) for of, other in ((query, key), (value, seen.v)))
+        by_row = sum(scores.visible_shares(of, other, scale, visible) for of, other in ((query, key), (value, seen.v)))
         asked = (rows >= 0) & visible.any(2)
         mean = (by_row * asked[..., None]).sum(1) / asked.sum(1, keepdim=True).clamp_min(1)  # type: ignore[operator]
-        return mean * value_strength(seen.v).masked_fill(~seen.layout.visual, 0)
+        return mean * scores.value_strength(seen.v).masked_fill(~seen.layout.visual, 0)
 
 
 def _rows_of(place: Int[Tensor, "batch asks"], x: Tensor) -> Tensor:
     return place.clamp_min(0)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
-
-
-def _shares_of(
-    row: Float[Tensor, "batch heads asks dim"],
-    key: Float[Tensor, "batch heads keys dim"],
-    scale: float,
-    visible: Bool[Tensor, "batch asks keys"],
-) -> Float[Tensor, "batch asks keys"]:
-    """Softmax over the visible keys of the scaled products, mean over heads; 0 in a row that sees none."""
-    wide = torch.promote_types(row.dtype, torch.float32)
-    product = row.to(wide) @ key.to(wide).transpose(2, 3) * scale
-    return product.masked_fill(~visible[:, None], -torch.inf).softmax(-1).mean(1).masked_fill(~visible, 0)
 
 
 # In a vision encoder. Layers are blocks; values are given for patches only.
@@ -359,9 +349,15 @@ class PatchAttention(Signal):
     axis: ClassVar[int] = 2
 
     def read(self, seen: Attention) -> Tensor:
+        memo = {} if seen.memo is None else seen.memo
+        if self.who not in memo:
+            memo[self.who] = self._read(seen)
+        return memo[self.who]
+
+    def _read(self, seen: Attention) -> Tensor:
         count = seen.valid.sum(1)
         if self.who == "class":
-            got = seen.received(torch.zeros_like(count)[:, None])
+            got = scores.first_row(seen.q, seen.k, **seen.common)
         elif self.who == "all":
             rows = torch.where(seen.valid, torch.arange(seen.valid.shape[1], device=count.device), -1)
             got = seen.received(rows) / count[:, None, None]
@@ -412,12 +408,12 @@ class PatchFlow(Signal):
         attention = PatchAttention(self.layer, "class" if self.class_token else "mean").read(seen).mean(1)
         valid, value = seen.valid[:, seen.prefix :], seen.v[:, :, seen.prefix :]
         if not self.class_token:
-            return attention * value_strength(value).masked_fill(~valid, 0)
+            return attention * scores.value_strength(value).masked_fill(~valid, 0)
         if self.similarity == "cosine":
             alike = (unit(seen.v[:, :, :1]) * unit(value)).sum(-1).clamp_min(0).mean(1)
         else:
-            alike = value_similarity(seen.v[:, :, 0], value, valid)
-        return flow(attention, alike, value_strength(value), valid)
+            alike = scores.value_similarity(seen.v[:, :, 0], value, valid)
+        return scores.flow(attention, alike, scores.value_strength(value), valid)
 
 
 class Vision(NamedTuple):
@@ -425,7 +421,8 @@ class Vision(NamedTuple):
 
     depth: its blocks as published; a negative layer counts from there. blocks: how many of them run. output: the block
     whose features are handed over. class_token: whether the first token is one. cuts: why tokens cannot go between
-    blocks, empty when they can. attention: why attention cannot be read, empty when it can.
+    blocks, empty when they can. attention: why attention cannot be read, empty when it can. width: of a patch's
+    features. kind: the ``model_type`` of an encoder of Transformers.
     """
 
     depth: int
@@ -434,6 +431,8 @@ class Vision(NamedTuple):
     class_token: bool
     cuts: str = ""
     attention: str = ""
+    width: int = 0
+    kind: str = ""
 
     def block(self, layer: int | None, who: str) -> int:
         """The block that ``layer`` means: counted from 0, from the end when negative, the output's when None.
@@ -482,10 +481,8 @@ def class_token_of(facts: Facts, who: str, instead: str = "") -> Vision:
     """The vision encoder's facts. Raises ModelError for an encoder without a class token; ``instead``: the way out."""
     vision = encoder_of(facts, who)
     if not vision.class_token:
-        raise ModelError(
-            f"{who}: it ranks tokens by the class token's attention, and this vision encoder has no class token"
-            + (f"; {instead}" if instead else "")
-        )
+        why = "it ranks tokens by the class token's attention, and this vision encoder has no class token"
+        raise ModelError(f"{who}: {why}" + (f"; {instead}" if instead else ""))
     return vision
 
 

@@ -1,10 +1,10 @@
 """Steering: directions in the residual stream, and how what an MLP adds is turned toward them (VISTA, VTI)."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from vlm.models.errors import ModelError
@@ -12,6 +12,8 @@ from vlm.models.program.observe import resting
 from vlm.models.program.perturb import masked, pixel_seed
 from vlm.models.program.prompts import last_place
 from vlm.models.program.segments import unit
+
+TINY = 1e-12  # the shortest vector that has a direction
 
 
 @torch.no_grad()
@@ -114,9 +116,26 @@ def principal(changes: Float[Tensor, "samples places width"]) -> Float[Tensor, "
     return (mean + side * first).to(changes.dtype)
 
 
+class Toward(NamedTuple):
+    """A direction of each row. unit: of length one, or zero. there: where it is not zero; None: everywhere."""
+
+    unit: Float[Tensor, "#batch 1 width"]
+    there: Bool[Tensor, "#batch 1 1"] | None
+
+    @classmethod
+    def of(cls, direction: Float[Tensor, "#batch width"]) -> "Toward":
+        return cls(unit(direction)[:, None], (direction != 0).any(-1)[:, None, None])
+
+    @classmethod
+    def lasting(cls, direction: Float[Tensor, "#batch width"]) -> "Toward":
+        """The same for a whole answer: whether all rows have a direction is looked up, which waits for the device."""
+        toward = cls.of(direction)
+        return toward._replace(there=None) if bool((direction != 0).any(-1).all()) else toward
+
+
 def turned(
     x: Float[Tensor, "batch rows width"],
-    direction: Float[Tensor, "#batch width"],
+    direction: Float[Tensor, "#batch width"] | Toward,
     by: float,
     more_when_opposed: bool = False,
 ) -> Float[Tensor, "batch rows width"]:
@@ -126,10 +145,14 @@ def turned(
     Source: official codes of VISTA (with the factor) and VTI (without).
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    toward, own = unit(direction.to(wide))[:, None], unit(x).to(wide)  # [B,1,W], [B,R,W]
-    length = x.to(wide).norm(dim=-1, keepdim=True)
-    step = by * toward
+    toward = direction if isinstance(direction, Toward) else Toward.of(direction.to(wide))
+    old, step = x.to(wide), toward.unit.to(wide)  # [B,R,W], [B,1,W]
+    length = torch.linalg.vector_norm(old, dim=-1, keepdim=True)
+    own = old / length.clamp_min(TINY)
     if more_when_opposed:
-        step = step * (1 - (own * toward).sum(-1, keepdim=True).clamp_max(0))
-    there = (direction != 0).any(-1)[:, None, None]
-    return torch.where(there, length * unit(own + step), x.to(wide)).to(x.dtype)
+        cosine = (own * step).sum(-1, keepdim=True)
+        own = torch.addcmul(own, step, by - by * cosine.clamp_max(0))
+    else:
+        own = own.add(step, alpha=by)
+    new = own * (length / torch.linalg.vector_norm(own, dim=-1, keepdim=True).clamp_min(TINY))
+    return (new if toward.there is None else torch.where(toward.there, new, old)).to(x.dtype)

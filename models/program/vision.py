@@ -12,7 +12,8 @@ hands it in again, so each block finds the state and the cuts of its own pass.
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from vlm.models.encoder import Encoder
 from vlm.models.errors import ModelError
 from vlm.models.program.budget import Budget
+from vlm.models.program.debias import PatchPlace, PatchShown, raster_share
 from vlm.models.program.program import VIT_OUT, Position, Program, Select, Tokens, in_encoder, needs_of
 from vlm.models.program.quota import divide
 from vlm.models.program.reduce import Reduced
@@ -33,7 +35,7 @@ from vlm.models.program.segments import places, rows_at
 from vlm.models.program.signals import Attention, Signal
 
 # Where a block's second half begins, and what it consists of: timm, Transformers' CLIP and SigLIP, its DINOv2.
-_HALVES = (("attn", "norm2"), ("self_attn", "layer_norm2"), ("attention", "norm2"))
+_HALVES = (("norm1", "attn", "norm2"), ("layer_norm1", "self_attn", "layer_norm2"), ("norm1", "attention", "norm2"))
 
 
 class Cut(NamedTuple):
@@ -49,22 +51,23 @@ class Encoding:
     image: the image that each view shows. place: raster number of each patch in its view, valid: which are there,
     real: which show some of the picture (the others are seen by attention, but no cut keeps them), size: how many
     patches each is the mean of. total: real patches of a view before any cut. replay: a block runs again for its
-    gradient. columns: of a view's grid.
+    gradient. columns: of a view's grid. padded: whether any patch is not there. seed: gives an integer of each view's
+    pixels.
     """
 
     def __init__(
         self,
-        seed: Int[Tensor, " views"],
+        seed: Callable[[], Int[Tensor, " views"]],
         image: Int[Tensor, " views"],
         real: Bool[Tensor, "views patches"],
         columns: int | Int[Tensor, "views 1"],
     ) -> None:
         self.seed, self.image, self.real, self.columns = seed, image, real, columns
         self.total = real.sum(1)
-        self.place = torch.arange(real.shape[1], device=seed.device).expand(real.shape)
+        self.place = torch.arange(real.shape[1], device=real.device).expand(real.shape)
         self.valid = torch.ones_like(real)
         self.size: Float[Tensor, "views patches"] | None = None
-        self.weigh = self.cut = self.replay = False
+        self.weigh = self.cut = self.padded = self.replay = False
         self.cut_at: dict[str, Cut | None] = {}
         self.signals: dict[Signal, Tensor] = {}
 
@@ -105,15 +108,16 @@ class Encoding:
             count[mine] = count.new_tensor(divide(keep.of(sum(total)), total, limit))
         return count
 
-    def take(self, reduced: Reduced) -> None:
-        """Only these patches are left; signals come along."""
+    def take(self, reduced: Reduced, needed: Collection[Signal] = ()) -> None:
+        """Only these patches are left; signals that are still needed come along."""
         at = reduced.place
-        self.signals = {s: s.take(value, at) for s, value in self.signals.items()}
+        self.signals = {s: s.take(value, at) for s, value in self.signals.items() if s in needed}
         size = self.size if self.size is not None else torch.ones_like(self.place, dtype=torch.float32)
         self.size = reduced.size if reduced.size is not None else size.gather(1, at)
         whole = self.place.shape[1]
         self.place, self.real, self.valid = self.place.gather(1, at), self.real.gather(1, at), reduced.valid
-        self.cut = self.cut or self.place.shape[1] != whole or not bool(self.valid.all())
+        self.padded = not bool(self.valid.all())
+        self.cut = self.cut or self.place.shape[1] != whole or self.padded
 
 
 class VisionEngine:
@@ -124,9 +128,21 @@ class VisionEngine:
         self.cuts = {str(site): op for site, op in program if isinstance(op, Select) and in_encoder(site)}
         self.out = next((op for site, op in program if site == VIT_OUT and isinstance(op, Select)), None)
         needs = {s for _, op in program for s in needs_of(op, layers) if s.part == "vision"}
+        self.given = [s for s in needs if s.of_inputs]
+        needs.difference_update(self.given)
         self.needs = {layer: [s for s in needs if s.layer == layer] for layer in {s.layer for s in needs}}
+        self.later = self._needed_later()
         self.now: Encoding | None = None
         self._entered: Any = WeakIdKeyDictionary()  # storage of a block's input -> block -> what was known then
+
+    def _needed_later(self) -> dict[str, set[Signal]]:
+        """For each cut the signals that the cuts behind it read: only those go along."""
+        order = [f"vit.{place}[{block}]" for block in range(len(self.encoder.blocks)) for place in ("mid", "after")]
+        needed, later = set(self.out.selector.needs if self.out else ()), {}
+        for site in reversed([site for site in order if site in self.cuts]):
+            later[site] = set(needed)
+            needed.update(self.cuts[site].selector.needs)
+        return later
 
     @property
     def position(self) -> Position:
@@ -149,38 +165,59 @@ class VisionEngine:
         handles = [whole.register_forward_hook(self._after, always_call=True)]
         for number, block in enumerate(self.encoder.blocks):
             if self.cuts or number in self.needs:
-                watch = _Around(self, number, block)
+                watch = self.watcher(number, block)
                 handles.append(block.register_forward_pre_hook(watch.enter, with_kwargs=True))
                 # before the hooks by which Transformers collects hidden states, so that those are cut too
                 handles.append(block.register_forward_hook(watch.leave, prepend=True, always_call=True))
         return handles
 
+    def watcher(self, number: int, block: nn.Module) -> "Around":
+        """The hooks of a block."""
+        return Around(self, number, block)
+
     def begin(
         self,
-        seed: Int[Tensor, " views"],
-        image: Int[Tensor, " views"] | None = None,
+        seed: Callable[[], Int[Tensor, " views"]],
+        image: Int[Tensor, " views"],
         real: Bool[Tensor, "views patches"] | None = None,
         own_columns: Int[Tensor, "views 1"] | None = None,
+        shown: Callable[[], Float[Tensor, "views patches"]] | None = None,
     ) -> None:
-        """A pass begins, of as many pictures as there are seeds; image and real as in :class:`Encoding`, by default a
-        view is an image and all of it is real.
+        """A pass begins; seed, image and real as in :class:`Encoding`, by default all of a view is real.
 
         own_columns: of pictures that each have a grid of their own; what is not real then is no patch at all, and the
-        encoder hides it from attention until the engine does.
+        encoder hides it from attention until the engine does. shown: gives how much of each patch shows the picture.
         """
         rows, columns = self.encoder.grid
-        image = torch.arange(len(seed), device=seed.device) if image is None else image
-        real = torch.ones(len(seed), rows * columns, dtype=torch.bool, device=seed.device) if real is None else real
-        self.now = Encoding(seed, image, real, columns if own_columns is None else own_columns)
+        if real is None:
+            real = torch.ones(len(image), rows * columns, dtype=torch.bool, device=image.device)
+        now = Encoding(seed, image, real, columns if own_columns is None else own_columns)
         if own_columns is not None:
-            self.now.valid, self.now.cut = real, not bool(real.all())
+            now.valid = real
+            now.cut = now.padded = not bool(real.all())
+        self.start(now, shown)
+
+    def start(self, now: Encoding, shown: Callable[[], Float[Tensor, "views patches"]] | None = None) -> None:
+        """A pass of which that is known begins."""
+        self.now = now
+        for signal in self.given:
+            now.signals[signal] = self._enter(signal, now.valid, shown)
+
+    def _enter(self, signal: Signal, valid: Tensor, shown: Callable[[], Tensor] | None) -> Tensor:
+        """A signal that is known before the pass."""
+        if isinstance(signal, PatchPlace):
+            return raster_share(valid)
+        if isinstance(signal, PatchShown) and shown is not None:
+            return shown()
+        raise ModelError(f"vit: this model does not tell {signal}")
 
     def finish(self, features: Float[Tensor, "views patches width"]) -> Reduced | None:
         """The features that go to the connector, or None when all do as they are. Makes the cut at ``vit.out``."""
         now, self.now = self.now, None
         assert now is not None
-        if self.out is not None and (choice := self._choose("vit.out", self.out, now, features)) is not None:
-            reduced = _reduce(self.out, now.tokens(features), choice)
+        tokens = now.tokens(features)
+        if self.out is not None and (choice := self._choose("vit.out", self.out, now, tokens)) is not None:
+            reduced = _reduce(self.out, tokens, choice)
             now.take(reduced)
             return reduced._replace(place=now.place)
         return Reduced(now.place, features, now.valid) if now.cut else None
@@ -191,7 +228,7 @@ class VisionEngine:
 
     # called by the hooks of every block
 
-    def begin_block(self, number: int, x: Float[Tensor, "images tokens width"]) -> None:
+    def begin_block(self, number: int, x: Float[Tensor, "*rows width"]) -> None:
         """Remember what is known as a block begins, or recall it when the block is run again in the backward pass."""
         if not self.cuts:
             return
@@ -221,8 +258,8 @@ class VisionEngine:
             return
         valid = self._with_prefix(now.valid)
         common: Any = {"causal": False, "scale": scale, "validate": False}
-        common["key_valid"] = valid if now.cut else None
-        seen = Attention(q, k, v, valid, common, self.impl, prefix=self.encoder.prefix)
+        common["key_valid"] = valid if now.padded else None
+        seen = Attention(q, k, v, valid, common, self.impl, prefix=self.encoder.prefix, memo={})
         with torch.no_grad():
             for signal in self.needs[layer]:
                 now.signals[signal] = signal.read(seen).detach()
@@ -230,36 +267,47 @@ class VisionEngine:
     def bias(self, like: Tensor) -> Float[Tensor, "images 1 1 tokens"] | None:
         """What is added to the logits of each key: padding hidden, merged tokens weighed; None: nothing."""
         now = self.now
-        if now is None or not now.cut:
+        weighed = now is not None and now.weigh and now.size is not None
+        if now is None or not (now.padded or weighed):
             return None
-        valid = self._with_prefix(now.valid)
-        bias = torch.zeros(valid.shape, dtype=like.dtype, device=like.device).masked_fill(~valid, -torch.inf)
-        if now.weigh and now.size is not None:
-            size = F.pad(now.size.clamp_min(1), (self.encoder.prefix, 0), value=1)
-            bias = bias + size.to(torch.promote_types(like.dtype, torch.float32)).log().to(like.dtype)
-        return bias[:, None, None] if bool((bias != 0).any()) else None
+        bias = torch.zeros(now.valid.shape, dtype=like.dtype, device=like.device)
+        if weighed and now.size is not None:
+            wide = torch.promote_types(like.dtype, torch.float32)
+            bias = now.size.clamp_min(1).to(wide).log().to(like.dtype)
+        if now.padded:
+            bias = bias.masked_fill(~now.valid, -torch.inf)
+        return F.pad(bias, (self.encoder.prefix, 0))[:, None, None]
 
-    def reduce(self, site: str, x: Float[Tensor, "images tokens width"]) -> Float[Tensor, "images fewer width"]:
+    def reduce(self, site: str, x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*fewer width"]:
         """Make the cut at ``site`` of a tensor with prefix tokens."""
-        op, now, prefix = self.cuts.get(site), self.now, self.encoder.prefix
+        op, now = self.cuts.get(site), self.now
         if op is None or now is None:
             return x
-        choice = self._choose(site, op, now, x[:, prefix:])
+        tokens = now.tokens(self.patches(now, x))
+        choice = self._choose(site, op, now, tokens)
         if choice is None:
             return x
-        reduced = _reduce(op, now.tokens(x[:, prefix:]), choice)
+        reduced = _reduce(op, tokens, choice)
         now.weigh = now.weigh or op.weigh
-        now.take(reduced)
-        return torch.cat([x[:, :prefix], reduced.features.to(x.dtype)], 1)
+        now.take(reduced, self.later[site])
+        return self.put_back(now, reduced.features.to(x.dtype), x)
 
-    def _choose(self, site: str, op: Select, now: Encoding, x: Tensor) -> Cut | None:
+    def patches(self, now: Encoding, x: Tensor) -> Float[Tensor, "images patches width"]:
+        """What may be cut of what leaves a block."""
+        return x[:, self.encoder.prefix :]
+
+    def put_back(self, now: Encoding, left: Float[Tensor, "images fewer width"], x: Tensor) -> Tensor:
+        """What goes on after a cut of ``x``."""
+        return torch.cat([x[:, : self.encoder.prefix], left], 1)
+
+    def _choose(self, site: str, op: Select, now: Encoding, tokens: Tokens) -> Cut | None:
         """Choose once; None when all stay, so that a full budget changes nothing, to the bit."""
         if site not in now.cut_at:
             now.cut_at[site] = None
             count, there = now.count(op.keep), now.candidates
             if not (op.exact and bool((count >= there.sum(1)).all())):
                 with torch.no_grad():
-                    kept = op.selector.choose(now.tokens(x.detach()), count)
+                    kept = op.selector.choose(replace(tokens, x=tokens.x.detach()), count)
                 if op.selector.reduce is not None or not bool((kept | ~there).all()):
                     now.cut_at[site] = Cut(kept, count)
         return now.cut_at[site]
@@ -268,14 +316,14 @@ class VisionEngine:
         return F.pad(valid, (self.encoder.prefix, 0), value=True)
 
 
-class _Around:
+class Around:
     """Hooks around one block: a mode that sees its attention, a cut of what leaves it or enters its MLP."""
 
     def __init__(self, engine: VisionEngine, number: int, block: nn.Module) -> None:
         self.engine, self.number = engine, number
         # Transformers' layers take a mask and hand it to attention, also where they are run again without hooks.
         self.takes_mask = "attention_mask" in inspect.signature(block.forward).parameters
-        self.modes: list[_Watch] = []
+        self.modes: list[Watch] = []
         self.undo: list[Callable[[], None]] = []
 
     def enter(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -285,12 +333,14 @@ class _Around:
             args, kwargs = _without_mask(args, kwargs)  # it is of the patches before any cut; the bias is of those left
         if bias is not None and self.takes_mask:
             args, kwargs = _mask_keys(args, kwargs, bias)
-        mode = _Watch(lambda *call: self.engine.read(self.number, *call), None if self.takes_mask else bias)
-        mode.__enter__()
+        mode = Watch(lambda *call: self.engine.read(self.number, *call), None if self.takes_mask else bias)
         self.modes.append(mode)
+        mode.start()
         site = f"vit.mid[{self.number}]"
         if site in self.engine.cuts and self.engine.now is not None:
-            args = (self._first_half(site, block, args, kwargs), *args[1:])
+            half = self._first_half(block, args, kwargs)
+            mode.stop()  # what is left is the MLP
+            args = (self.engine.reduce(site, half), *args[1:])
         return args, kwargs
 
     def leave(self, block: nn.Module, args: tuple, output: Any) -> Any:
@@ -299,10 +349,10 @@ class _Around:
             self.undo.pop()()
         try:
             if mode is not None:
-                mode.__exit__(None, None, None)
+                mode.stop()
             if output is None or mode is None or self.engine.now is None:
                 return None  # the block raised, or runs without the program
-            self._check_seen(block, mode)
+            self.look(block, mode)
             hidden = output[0] if isinstance(output, tuple) else output
             cut = self.engine.reduce(f"vit.after[{self.number}]", hidden)
             if cut is hidden:
@@ -311,7 +361,7 @@ class _Around:
         finally:
             self.engine.end_block()
 
-    def _check_seen(self, block: nn.Module, mode: "_Watch") -> None:
+    def look(self, block: nn.Module, mode: "Watch") -> None:
         """Refuse a block whose attention did not show: its signals would be missing, its padding would be seen."""
         if mode.calls != 1 and (self.number in self.engine.needs or mode.bias is not None):
             raise ModelError(
@@ -320,9 +370,9 @@ class _Around:
                 "(fused attention off, or attention implementation other than sdpa?)"
             )
 
-    def _first_half(self, site: str, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        """Run the block up to its MLP, cut there, and leave it the MLP alone to do: its attention gives zeros."""
-        attention, norm = _halves(block)
+    def _first_half(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """Run the block up to its MLP, and leave it the MLP alone to do: its attention gives zeros."""
+        first, attention, norm = _halves(block)
         caught: list[Tensor] = []
 
         def stop(module: nn.Module, args: tuple) -> None:
@@ -341,9 +391,9 @@ class _Around:
         zeros: Callable[..., Any] = lambda hidden_states, *args, **kwargs: (  # noqa: E731
             (torch.zeros_like(hidden_states), None) if returns_pair else torch.zeros_like(hidden_states)
         )
-        cut = self.engine.reduce(site, caught[0])
         self._set(attention, "forward", zeros)
-        return cut
+        self._set(first, "forward", lambda hidden_states: hidden_states)  # nobody reads it any more
+        return caught[0]
 
     def _set(self, module: nn.Module, name: str, value: Any) -> None:
         """Set an attribute of this instance until the block is left."""
@@ -357,27 +407,38 @@ class _HalfWay(Exception):
     """Raised to leave a block at its MLP."""
 
 
-def _halves(block: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """A block's attention and the norm before its MLP. Raises ModelError for a block that is built otherwise."""
-    for attention, norm in _HALVES:
-        if hasattr(block, attention) and hasattr(block, norm) and type(block).__name__ != "ResPostBlock":
-            return getattr(block, attention), getattr(block, norm)
+def _halves(block: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """A block's first norm, its attention and the norm before its MLP. Raises ModelError for a block that is built
+    otherwise."""
+    for names in _HALVES:
+        if all(hasattr(block, name) for name in names) and type(block).__name__ != "ResPostBlock":
+            first, attention, norm = (getattr(block, name) for name in names)
+            return first, attention, norm
     raise ModelError(f"vit.mid: expected blocks of attention, then norm and MLP; found {type(block).__name__}")
 
 
-class _Watch(TorchFunctionMode):
+class Watch(TorchFunctionMode):
     """Shows attention calls to ``see(q, k, v, scale)`` and adds ``bias`` to the logits of their keys."""
 
     def __init__(self, see: Callable[..., None], bias: Tensor | None) -> None:
         super().__init__()
-        self.see, self.bias, self.calls = see, bias, 0
+        self.see, self.bias, self.calls, self.on = see, bias, 0, False
+
+    def start(self) -> None:
+        self.__enter__()
+        self.on = True
+
+    def stop(self) -> None:
+        if self.on:
+            self.on = False
+            self.__exit__(None, None, None)
 
     def __torch_function__(self, func: Any, types: Sequence[type], args: tuple = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
+        kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             self.calls += 1
             names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-            kwargs |= dict(zip(names, args, strict=False))
+            kwargs = {**kwargs, **dict(zip(names, args, strict=False))}
             self.see(kwargs["query"], kwargs["key"], kwargs["value"], kwargs.get("scale"))
             if self.bias is not None:
                 kwargs["attn_mask"] = _join(kwargs.get("attn_mask"), self.bias)

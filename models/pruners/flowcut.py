@@ -30,9 +30,16 @@ class Flowcut:
 
     form: ``llava`` cuts in the encoder alone. ``next`` (LLaVA-NeXT) and ``qwen`` (Qwen2-VL) hand over 2.5 times and
     twice the budget, and cut to it after the second layer of the language model, by the flow from the rows that ask;
-    2.5 is half of the budget in each of five views. similarity: of values, ``softmax`` of their products as in the code
-    or ``cosine`` as in the paper. position: the code for Qwen keeps positions, the others count anew.
-    Numbers of removed patches are each image's own (the code takes the largest of the batch).
+    2.5 is half of the budget in each of five views. ``qwen`` makes its last cut in the encoder after the last block,
+    the others before it. similarity: of values, ``softmax`` of their products as in the code or ``cosine`` as in the
+    paper. position: the code for Qwen keeps positions, the others count anew.
+    Numbers of removed patches are each image's own (the code takes the largest of the batch). There is no ``debias``:
+    the score is a product of attention, likeness and norm of values, averaged over blocks, and no attention to correct.
+
+    In Qwen's own encoder the 2x2 patches of a visual token go together, by the mean of their scores, and keep their
+    places. The code drops single patches, merges four that are left whether neighbours or not, and gives them the
+    positions of the image's first tokens. The mean query asks the whole image in every block, also where the block
+    itself attends inside windows (Qwen2.5-VL), as the code does.
     """
 
     source: ClassVar[str] = "FlowCut (NeurIPS 2025), sections 3.2 and 3.3; official code"
@@ -55,7 +62,8 @@ class Flowcut:
             keep, left = staged(self.keep, facts, SECOND, FORMS[self.form])
             inside = ((llm_before(SECOND), Select(left, top_by(VisualFlow(SECOND - 1)), self.position)),)
         last = vision.block(None, "flowcut")
-        blocks = [block for block in range(last + 1) if (last - 1 - block) % 2 == 0 and block < last] or [last]
+        end = last if self.form == "qwen" else max(last - 1, 0)  # the block after which the last cut is
+        blocks = list(range(end % 2, end + 1, 2))
         selectors = [self._selector(block, blocks[-1] - block, vision.class_token) for block in blocks]
         cuts = [Select(keep, selector, self.position, exact=False) for selector in selectors]
         cuts[-1] = replace(cuts[-1], exact=True)

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from vlm.models.errors import ModelError
 from vlm.models.program.budget import Budget
+from vlm.models.program.debias import Debias
 from vlm.models.program.program import VIT_OUT, Position, Program, Selector, Tokens, cut
 from vlm.models.program.quota import crop_quotas, divide
-from vlm.models.program.select import per_patch, top
+from vlm.models.program.select import Ranking, top
 from vlm.models.program.signals import Facts, patch_attention
 
 
@@ -29,7 +30,8 @@ class Hired:
     tile is too small for goes to the whole picture, then to the tiles.
 
     layer: block that ranks patches, that of the features by default; early: block that divides. attention: ``received``
-    takes what all tokens pay a patch, for encoders without a class token.
+    takes what all tokens pay a patch, for encoders without a class token. debias: take the bias for late places and for
+    padding, in each view, out of both blocks' attention (arXiv 2508.17807; as for ``fastv``).
     """
 
     source: ClassVar[str] = "HiRED (AAAI 2025), section 3.2; official code"
@@ -40,22 +42,24 @@ class Hired:
     layer: int | None = None
     early: int = 0
     attention: Literal["class", "received"] = "class"
+    debias: Debias | None = None
     position: Position = "reindex"
 
     def program(self, facts: Facts) -> Program:
         if not 0 < self.whole < 1:
             raise ModelError(f"hired: expected whole between 0 and 1; found {self.whole}")
-        early, late = (patch_attention(facts, "hired", layer, self.attention) for layer in (self.early, self.layer))
+        signals = [patch_attention(facts, "hired", layer, self.attention) for layer in (self.early, self.layer)]
+        early, late = (Ranking.of(signal, self.debias) for signal in signals)
 
         def choose(tokens: Tokens, count: Int[Tensor, " segments"]) -> Bool[Tensor, "segments tokens"]:
-            voting = per_patch(tokens, early)
+            voting = early.score(tokens).masked_fill(~tokens.valid, -1)
             for views in _views_of(tokens):
                 if len(views) > 1:
                     quota = self._quotas(voting[views[0]], int(count[views].sum()), tokens.valid[views].sum(1).tolist())
                     count = count.index_put((torch.tensor(views, device=count.device),), count.new_tensor(quota))
-            return top(per_patch(tokens, late), tokens.valid, count)
+            return top(late.score(tokens), tokens.valid, count)
 
-        return cut(facts, VIT_OUT, self.keep, Selector(choose, (early, late)), self.position)
+        return cut(facts, VIT_OUT, self.keep, late.over(Selector(choose, early.needs)), self.position)
 
     def _quotas(self, voting: Float[Tensor, " tokens"], total: int, limit: Sequence[int]) -> list[int]:
         """``total`` patches divided among the whole picture and its tiles, none above what it has."""

@@ -7,8 +7,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from vlm.models.program.budget import Budget
+from vlm.models.program.debias import Debias
 from vlm.models.program.program import VIT_OUT, Position, Program, Select, Tokens, cut
-from vlm.models.program.select import added_to_neighbours, outliers, per_patch, top
+from vlm.models.program.select import Ranking, added_to_neighbours, outliers, top
 from vlm.models.program.signals import Facts, OneHeadClassRow, PatchKeys, class_token_of, patch_attention
 
 
@@ -20,8 +21,9 @@ class Prumerge:
     token. A given budget is met exactly by the best patches, the rest token counted. layer: block that gives attention
     and keys, the encoder's last whatever block gives the features; all its heads are taken as one. neighbours: patches
     of most alike keys that are added, weighted by their attention. attention: ``received`` takes what all tokens pay
-    a patch (mean over heads), for encoders without a class token; that form is ours. Tokens stay in the image's order
-    (the code sorts them by attention).
+    a patch (mean over heads), for encoders without a class token; that form is ours. debias: take the bias for late
+    places and for padding out of the ranking (arXiv 2508.17807; as for ``fastv``); what is merged is weighted by the
+    attention itself, and padding is not merged. Tokens stay in the image's order (the code sorts them by attention).
     """
 
     source: ClassVar[str] = "LLaVA-PruMerge (arXiv 2403.15388), sections 3.2 and 3.3; official code"
@@ -31,6 +33,7 @@ class Prumerge:
     layer: int = -1
     neighbours: int = 32
     attention: Literal["class", "received"] = "class"
+    debias: Debias | None = None
     position: Position = "reindex"
 
     def program(self, facts: Facts) -> Program:
@@ -39,14 +42,18 @@ class Prumerge:
             vision = class_token_of(facts, "prumerge")
             score = OneHeadClassRow(vision.block(self.layer, "prumerge"))
 
+        ranking = Ranking.of(score, self.debias)
+
         def adaptive(tokens: Tokens, count: Int[Tensor, " segments"]) -> Bool[Tensor, "segments tokens"]:
-            return outliers(per_patch(tokens, score), tokens.valid)
+            return outliers(ranking.score(tokens), tokens.valid)
 
         def exact(tokens: Tokens, count: Int[Tensor, " segments"]) -> Bool[Tensor, "segments tokens"]:
-            return top(per_patch(tokens, score), tokens.valid, count - 1)  # the rest token is the last one
+            return top(ranking.score(tokens), tokens.valid, count - 1)  # the rest token is the last one
 
         keys = PatchKeys(score.layer)
         if self.keep is None:
             selector = added_to_neighbours(adaptive, score, keys, self.neighbours)
+            selector = ranking.over(selector, adaptive=True)
             return ((VIT_OUT, Select(Budget(ratio=1.0), selector, self.position, exact=False)),)
-        return cut(facts, VIT_OUT, self.keep, added_to_neighbours(exact, score, keys, self.neighbours), self.position)
+        selector = ranking.over(added_to_neighbours(exact, score, keys, self.neighbours))
+        return cut(facts, VIT_OUT, self.keep, selector, self.position)

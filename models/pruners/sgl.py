@@ -18,9 +18,10 @@ class Sgl:
 
     guide: the hub name or folder of a small model that takes the model's own batches: of the same family with equal
     tokenizer and image processor, or, beside a composed model, what ``vlm export`` wrote of one with the same
-    tokenizer, views and grid. By default the model itself (``self``), in a first pass without the cut: that costs more
-    than it saves, and shows how far the ranking can carry. Seconds of a report count the guide; FLOPs, which leave
-    scoring out, do not. See :class:`~vlm.models.program.guide.Guide`.
+    tokenizer, views and grid. By default the model itself (``self``), whose layers behind the cut run once without it
+    and once with it (all of it twice where ``generated`` asks for an answer or something acts before the cut): that
+    costs more than it saves, and shows how far the ranking can carry. Seconds of a report count the guide; FLOPs, which
+    leave scoring out, do not. See :class:`~vlm.models.program.guide.Guide`.
 
     layer: the cut is at the input of this decoder layer, by default at 0.4 of the depth. generated: so many tokens of
     the guide's answer have a say too, up to the token ``stop`` (the paper takes the whole answer; 0 the question only,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlm.models.errors import ModelError
 from vlm.models.program.budget import Budget
-from vlm.models.program.merge import counts_to, merge_pairs, merging_away
+from vlm.models.program.merge import counts_to, merge_away, merging_away
 from vlm.models.program.program import Position, Program, Select, Selector, Tokens, vit_mid
 from vlm.models.program.reduce import Reduced
 from vlm.models.program.schedule import budgets
@@ -63,12 +63,12 @@ class Tome:
 
         def choose(tokens: Tokens, count: Int[Tensor, " segments"]) -> Bool[Tensor, "segments tokens"]:
             metric = tokens.signal(keys).mean(1)
-            gone, _ = merging_away(metric, tokens.valid, merges(tokens, count), before=int(class_token))
+            gone = merging_away(metric, tokens.valid, merges(tokens, count), before=int(class_token))
             return tokens.valid & ~gone
 
         def reduce(tokens: Tokens, kept: Bool[Tensor, "segments tokens"], count: Int[Tensor, " segments"]) -> Reduced:
             size = tokens.size if tokens.size is not None else torch.ones_like(tokens.valid, dtype=torch.float32)
-            metric, number = tokens.signal(keys).mean(1), tokens.valid.sum(1) - kept.sum(1)
-            return merge_pairs(tokens.x, metric, size, tokens.valid, number, before=int(class_token))
+            gone, metric = tokens.valid & ~kept, tokens.signal(keys).mean(1)
+            return merge_away(tokens.x, metric, size, tokens.valid, gone, int(class_token))
 
         return Selector(choose, (keys,), reduce)

@@ -7,9 +7,10 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from vlm.models.program.budget import Budget
+from vlm.models.program.debias import Debias
 from vlm.models.program.program import VIT_OUT, Position, Program, Selector, Tokens, cut
 from vlm.models.program.reduce import Reduced, add_contextual
-from vlm.models.program.select import top
+from vlm.models.program.select import Ranking, top
 from vlm.models.program.signals import Facts, PatchKeys, encoder_of, patch_attention
 
 
@@ -20,7 +21,8 @@ class Visionzip:
     contextual: share of the budget for contextual tokens (10 of 64 in the paper). layer: block that gives attention
     and keys, that of the features by default. attention: ``received`` ranks patches by what all tokens pay them, for
     encoders without a class token (the authors' form for Qwen). The class token itself, which the code hands over too,
-    is not kept.
+    is not kept. debias: take the bias for late places and for padding out of the attention (arXiv 2508.17807; as for
+    ``fastv``); contextual tokens are then of the picture without its padding.
     """
 
     source: ClassVar[str] = "VisionZip (CVPR 2025), section 3.2; official code"
@@ -30,19 +32,20 @@ class Visionzip:
     contextual: float = 10 / 64
     layer: int | None = None
     attention: Literal["class", "received"] = "class"
+    debias: Debias | None = None
     position: Position = "reindex"
 
     def program(self, facts: Facts) -> Program:
-        ranking = patch_attention(facts, "visionzip", self.layer, self.attention)
+        ranking = Ranking.of(patch_attention(facts, "visionzip", self.layer, self.attention), self.debias)
         keys = PatchKeys(encoder_of(facts, "visionzip").block(self.layer, "visionzip"))
 
         def choose(tokens: Tokens, count: Int[Tensor, " segments"]) -> Bool[Tensor, "segments tokens"]:
-            return top(tokens.signal(ranking).sum(1), tokens.valid, count - self._contextual(count))
+            return top(ranking.score(tokens), tokens.valid, count - self._contextual(count))
 
         def reduce(tokens: Tokens, kept: Bool[Tensor, "segments tokens"], count: Int[Tensor, " segments"]) -> Reduced:
             return add_contextual(tokens.x, tokens.signal(keys).mean(1), tokens.valid, kept, self._contextual(count))
 
-        return cut(facts, VIT_OUT, self.keep, Selector(choose, (ranking, keys), reduce), self.position)
+        return cut(facts, VIT_OUT, self.keep, ranking.over(Selector(choose, (keys,), reduce)), self.position)
 
     def _contextual(self, count: Int[Tensor, " segments"]) -> Int[Tensor, " segments"]:
         return (count.double() * self.contextual).round().long()

@@ -11,7 +11,7 @@ from vlm.models.program.debias import Debias
 from vlm.models.program.program import VIT_OUT, Position, Program, Select, Selector, Tokens, cut, llm_before
 from vlm.models.program.reduce import Reduced, average_into_nearest
 from vlm.models.program.schedule import staged
-from vlm.models.program.select import per_patch, top_by, windows_and_rest, windows_of
+from vlm.models.program.select import Ranking, top_by, windows_and_rest, windows_of
 from vlm.models.program.signals import Facts, Received, encoder_of, patch_attention
 
 
@@ -27,7 +27,7 @@ class Vscan:
     default (16 of 32). early: block of the windows, 5 of 24 by default. window: its side in patches. local: share of
     the windows. attention: ``received`` ranks patches by what all tokens pay them, for encoders without a class token
     (the authors' form for Qwen2.5-VL). Dropped patches are averaged into kept ones before the connector (code: behind
-    it). debias: of the second cut, as for FastV.
+    it). debias: of the second cut, as for FastV; debias_encoder: of both rankings of the first one.
     """
 
     source: ClassVar[str] = "VScan (TMLR 2026), sections 3.1 and 3.2; official code"
@@ -42,20 +42,22 @@ class Vscan:
     attention: Literal["class", "received"] = "class"
     position: Position = "reindex"
     debias: Debias | None = None
+    debias_encoder: Debias | None = None
 
     def program(self, facts: Facts) -> Program:
         early = encoder_of(facts, "vscan").depth * 5 // 24 if self.early is None else self.early
         signals = [patch_attention(facts, "vscan", layer, self.attention) for layer in (early, None)]
+        in_windows, in_all = (Ranking.of(signal, self.debias_encoder) for signal in signals)
 
         def choose(tokens: Tokens, count: Int[Tensor, " segments"]) -> Bool[Tensor, "segments tokens"]:
-            near, overall = (per_patch(tokens, signal) for signal in signals)
+            near, overall = in_windows.score(tokens), in_all.score(tokens)
             windows = windows_of(tokens.row, tokens.col, self.window)
             return windows_and_rest(near, overall, tokens.valid, windows, count, self.local)
 
         def reduce(tokens: Tokens, kept: Bool[Tensor, "segments tokens"], count: Int[Tensor, " segments"]) -> Reduced:
             return average_into_nearest(tokens.x, tokens.valid, kept)
 
-        selector = Selector(choose, tuple(signals), reduce)
+        selector = in_all.over(Selector(choose, in_windows.needs, reduce))
         if self.keep.everything or not self.language:
             return cut(facts, VIT_OUT, self.keep, selector, self.position)
         layer = max(1, facts.layers // 2) if self.layer is None else self.layer

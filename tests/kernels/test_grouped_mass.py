@@ -124,6 +124,29 @@ def test_every_implementation_is_the_reference(draw_common, size, kinds, rule, b
                 close(x, y, msg=impl)
 
 
+@settings(deadline=None, max_examples=40)
+@given(
+    st.tuples(st.integers(1, 3), st.integers(1, 9)),
+    st.sampled_from([(1, 1), (4, 2), (6, 1), (20, 1)]),
+    st.sampled_from([(), ("hidden",), ("k_len",), ("documents",)]),
+    st.sampled_from([Neutral(), visual_redistribution(0.7, 0.1, 0.05), Static.of([0.0, 3.0, 1.0, 0.5], True)]),
+    st.booleans(),
+    seeds,
+)
+def test_a_single_row_is_the_reference(draw_common, size, heads, kinds, rule, by_head, seed):
+    (batch, keys), common = size, draw_common(seed, size[0], 1, size[1], kinds)
+    q, k, v, groups = draw(seed, (batch, 1, keys), *heads)
+    if by_head:
+        groups = torch.randint(0, 4, (batch, heads[0], keys), generator=torch.Generator().manual_seed(seed))
+    chosen = torch.arange(batch)[:, None] % 2 == seed % 2
+    for selection in (None, chosen):
+        expected = grouped_mass_attention(q, k, v, groups, rule=rule, row_sel=selection, impl="reference", **common)
+        with torch.no_grad():  # as when a text grows, where few operations do it
+            got = grouped_mass_attention(q, k, v, groups.int(), rule=rule, row_sel=selection, impl="torch", **common)
+        for one, other in zip(got, expected, strict=True):
+            close(one, other)
+
+
 def test_order_of_keys_and_names_of_groups_do_not_matter():
     q, k, v, groups = draw(0, (2, 4, 9))
     rule = Static.of([0.5, 2.0, 1.0, 0.0])

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlm.kernels import received as module
 from vlm.kernels.dispatch import Call
-from vlm.kernels.received import attention_with_received, explain, received_attention, reference
+from vlm.kernels.received import attention_rows, attention_with_received, explain, received_attention, reference
 from vlm.kernels.received.flex import received_flex
 from vlm.kernels.visibility import operands
 
@@ -309,3 +309,17 @@ def test_values_are_not_looked_at_without_validate():
         row_weight=torch.tensor([[-1.0]]), validate=False,
     )  # fmt: skip
     assert negative.item() == -1
+
+
+def test_chosen_rows_are_the_attention_of_each():
+    q, k, rows, _ = drawn(3, 2, (4, 2), 7, 9, 8, 5)
+    valid = torch.arange(9) < torch.tensor([[9], [6]])
+    seen = (torch.ones(7, 9, dtype=torch.bool).tril(2) & valid[:, None]).expand(2, 7, 9)
+    found = attention_rows(q.requires_grad_(), k, rows, key_valid=valid)
+    assert not found.requires_grad
+    for place in range(5):
+        row = rows[:, place : place + 1]
+        expected = columns(q.detach(), k, [0, 0, 1, 1], seen, row, torch.ones(2, 1), "sum")
+        torch.testing.assert_close(found[:, :, place], expected, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match=r"attention_rows: rows must be -1..6; found 0..7"):
+        attention_rows(q, k, torch.tensor([[0, 7], [1, 2]]))

@@ -1,7 +1,7 @@
 """What every pruner promises. The folder is listed, so a new pruner is held to it by being there."""
 
 import importlib
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from vlm.models.mitigators.m3id import M3id
 from vlm.models.mitigators.var import Var
 from vlm.models.program.attach import attach
 from vlm.models.program.budget import Budget
+from vlm.models.program.debias import Debias
 from vlm.models.program.decode import generate
 from vlm.models.program.layout import Layout
 from vlm.models.program.program import Select, in_encoder
@@ -30,6 +31,15 @@ def pruner(name: str) -> Any:
     found = [c for c in vars(module).values() if is_dataclass(c) and c.__module__ == module.__name__]
     assert [c.__name__.lower() for c in found if isinstance(c, type)] == [name.replace("_", "")]
     return found[0]
+
+
+def debiased() -> list[tuple[str, dict[str, Any]]]:
+    """Every pruner as it is, and those that rank by attention with the bias taken out of it."""
+    found: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in NAMES]
+    for name in NAMES:
+        options = {field.name for field in fields(pruner(name))} & {"debias", "debias_encoder"}
+        found += [(name, dict.fromkeys(options, Debias(1.5, 0.5)))] if options else []
+    return found
 
 
 def budget(name: str, keep: str | int = "25%") -> Budget:
@@ -65,10 +75,12 @@ def test_keeps_exactly_the_budget_in_order_and_all_text(make_model, batch, name,
         assert text == [t for t, mark in enumerate(row) if mark == "t"]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_sample_is_cut_the_same_alone_and_in_a_batch(make_model, batch, alone, name):
+@pytest.mark.parametrize(("name", "options"), debiased())
+def test_a_sample_is_cut_the_same_alone_and_in_a_batch(make_model, batch, alone, name, options):
     model, inputs = make_model(**CLASS_TOKEN), batch(*ROWS)
-    method = pruner(name)(keep=budget(name))
+    grey = torch.tensor(model.vision.image.mean).double()
+    inputs.images[1, :, :20] = ((grey * 255).round() / 255 - grey)[:, None, None] * 2  # padding above a picture
+    method = pruner(name)(keep=budget(name), **options)
     with attach(model, method.program(model.facts)), torch.no_grad():
         together, (logits, stream) = model(inputs), model.prefill(inputs)
         steps = [model.step(stream, torch.full((4,), token)) for token in (3, 5)]

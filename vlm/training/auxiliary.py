@@ -14,7 +14,7 @@ from vlm.training.loss import Loss
 @contextmanager
 def noting(model: Any) -> Iterator[Mapping[str, Auxiliary]]:
     """Terms that passes inside note; none where the model's encoder brings no loss of its own, or does not train."""
-    encoder = getattr(model, "vision", None)
+    encoder: Any = getattr(model, "vision", None)
     if not hasattr(encoder, "auxiliary") or not any(parameter.requires_grad for parameter in encoder.parameters()):
         yield {}
         return

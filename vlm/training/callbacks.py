@@ -5,8 +5,8 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from vlm.training.loss import Loss
 def keep_lines_before(path: Path, stage: int, step: int) -> None:
     """Drop the lines of a JSON-lines log that belong to ``stage`` at ``step`` or later: they are written anew.
 
-    A last line cut short by a kill is dropped too.
+    A last line cut short by a kill is dropped too. Raises TrainingError where the disk does not take it.
     """
     if not path.exists():
         return
@@ -39,13 +39,24 @@ def keep_lines_before(path: Path, stage: int, step: int) -> None:
         if (entry["stage"], entry["step"]) < (stage, step):
             kept.append(line + "\n")
     fresh = path.with_suffix(".tmp")
-    fresh.write_text("".join(kept))
-    fresh.replace(path)
+    with _written(path):
+        fresh.write_text("".join(kept))
+        fresh.replace(path)
 
 
 def append_line(path: Path, entry: dict[str, Any]) -> None:
-    with path.open("a") as file:
+    """Add a line to a JSON-lines log. Raises TrainingError where the disk does not take it; a part of it that it took
+    is dropped when the run goes on."""
+    with _written(path), path.open("a") as file:
         file.write(json.dumps(entry) + "\n")
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(f"{path} could not be written: {error.strerror or error}") from None
 
 
 class Watch(Callback):

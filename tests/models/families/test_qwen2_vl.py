@@ -15,8 +15,6 @@ from transformers import (
 from vlm.models.errors import ModelError
 from vlm.models.program.attach import attach
 from vlm.models.program.budget import Budget
-from vlm.models.program.program import VIT_OUT, Select
-from vlm.models.program.select import even_stride
 from vlm.models.pruners.stride import Stride
 
 VISION: dict[str, Any] = {"patch_size": 4, "spatial_merge_size": 2, "depth": 2, "num_heads": 4}
@@ -51,12 +49,4 @@ def test_qwen2_vl(check, case):
 def test_new_position_ids_are_refused(case):
     program = Stride(keep=Budget.parse("50%"), position="reindex").program(case.ours.facts)
     with pytest.raises(ModelError, match="set position: keep"), attach(case.ours, program):
-        pass
-
-
-def test_cuts_in_the_encoder_are_refused(case):
-    with (
-        pytest.raises(ModelError, match=r"vit.out: \w+ encodes and projects images in one step .* prune at llm.in"),
-        attach(case.ours, ((VIT_OUT, Select(Budget.parse("50%"), even_stride())),)),
-    ):
         pass

@@ -1,8 +1,16 @@
 """Qwen3-VL against Transformers."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from transformers import Qwen2VLImageProcessor, Qwen3VLConfig, Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+from vlm.models.program.attach import attach
+from vlm.models.program.budget import Budget
+from vlm.models.program.select import top_by
+from vlm.models.pruners.sgl import Sgl
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +58,18 @@ def test_features_of_earlier_encoder_layers_matter(case):
             assert (case.ours(inputs).hidden - plain).abs().max() > 0.01
         finally:
             del case.ours.encode
+
+
+def test_layers_that_are_looked_on_to_add_them_as_well(case):
+    inputs = case.ours.inputs(case.batch(["a#b", "c#d#ef"]))
+    ((site, op),) = Sgl(Budget.parse("50%"), 1).program(case.ours.facts)
+    cut: Any = op
+    aside = ((site, replace(cut, selector=top_by(replace(cut.selector.needs[0], watch=None)))),)
+    with torch.no_grad():
+        with attach(case.ours, ((site, cut),)):
+            watched = case.ours(inputs)
+        with attach(case.ours, aside):
+            expected = case.ours(inputs)
+    torch.testing.assert_close(watched.hidden, expected.hidden)
+    assert torch.equal(watched.layout.source, expected.layout.source)
+    assert torch.equal(watched.layout.col, expected.layout.col)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from vlm.kernels.grouped_mass.rules import visual_redistribution
 from vlm.models.decoders.beam import Beam
 from vlm.models.errors import ModelError
 from vlm.models.kv.snapkv import Snapkv
@@ -20,13 +21,16 @@ from vlm.models.mitigators.pai_cfg import Paicfg
 from vlm.models.mitigators.paint import Paint
 from vlm.models.mitigators.var import Var
 from vlm.models.mitigators.zerotuning import Zerotuning
+from vlm.models.program import keys
 from vlm.models.program.attach import attach, check
 from vlm.models.program.budget import Budget
 from vlm.models.program.decode import generate
 from vlm.models.program.inside import mixed, row_scores
+from vlm.models.program.keys import Keys
 from vlm.models.program.patches import outliers, top_share
-from vlm.models.program.program import Regroup, Rescore
+from vlm.models.program.program import Regroup, Rescore, attn
 from vlm.models.program.rescore import raised, raised_together
+from vlm.models.program.streams import Streams, open_streams
 from vlm.models.pruners.fastv import Fastv
 from vlm.models.pruners.visionzip import Visionzip
 
@@ -158,6 +162,43 @@ def test_beams_of_a_padded_batch_equal_single_samples(make_model, batch, alone, 
         logits = model.prefill(inputs)[0]
     with attach(model, cut), torch.no_grad():
         assert (model.prefill(inputs)[0] - logits).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+def test_what_an_answer_remembers_grows_goes_back_and_follows_its_rows(monkeypatch, make_model, batch, name):
+    model, inputs = make_model(**CLASS_TOKEN), batch(*ROWS, side="left")
+    texts = torch.arange(4 * 4).reshape(4, 4)
+    with attach(model, ACTIVE[name].program(model.facts)), torch.no_grad():
+        prompts = open_streams(model, inputs)
+        monkeypatch.setattr(keys, "AHEAD", 1)
+        streams = Streams(model, *prompts, remember=True).take_rows(torch.arange(4))
+        for tokens in texts.flip(0).unbind(1):
+            streams.step(tokens)
+        streams.rewind(torch.cat([texts.flip(0)[:, :1], texts[:, 1:3]], 1))
+        streams.reorder(torch.tensor([2, 0, 0, 3]))
+        streams.step(texts[:, 3])
+        monkeypatch.undo()
+        for row, source in enumerate([2, 0, 0, 3]):
+            fresh = Streams(model, *prompts).take_rows(torch.tensor([source]))
+            for token in (texts[3 - source, 0], texts[source, 1], texts[source, 2], texts[row, 3]):
+                fresh.step(token[None])
+            torch.testing.assert_close(streams.logits["main"][row], fresh.logits["main"][0], rtol=0, atol=1e-9)
+
+
+def test_groups_are_asked_for_a_prompt_and_once_for_its_answer(make_model, batch):
+    model, asked = make_model(), []
+
+    def groups(seen: Keys) -> Tensor:
+        asked.append(seen.layout.role.shape[1])
+        return seen.visual.long()
+
+    op = Regroup(groups, visual_redistribution())
+    with attach(model, ((attn(1), op),)), torch.no_grad():
+        _, stream = model.prefill(batch("t#tt"))
+        length = stream.run.layouts[0].role.shape[1]
+        for token in range(4):
+            model.step(stream, torch.tensor([token]))
+    assert asked == [length, length + 1]
 
 
 @pytest.mark.parametrize("name", ["pai", "paint", "act"])

@@ -175,6 +175,13 @@ def test_weighted_neighbours_by_hand(seed, n, neighbours, data):
     close(found.features[0], torch.stack([feature for _, feature in rows]))
 
 
+def test_of_equal_neighbours_the_earlier_ones_are_added():
+    x, key = torch.eye(5)[None], torch.tensor([[[1.0, 0], [0, 1], [0, 1], [1, 0], [0, 1]]])
+    kept = torch.tensor([[False, True, False, False, False]])
+    found = add_weighted_neighbours(x, key, torch.ones(1, 5), everything(5), kept, 1)
+    assert found.features[0, found.place[0] == 1].tolist() == [[0, 1, 1, 0, 0]]  # number 2, not number 4
+
+
 REDUCERS = {
     "drop": lambda x, score, valid, kept: drop(x, valid, kept),
     "average": lambda x, score, valid, kept: average_into_nearest(x, valid, kept),

@@ -117,7 +117,8 @@ def under(encoder: Any, program: Program) -> Iterator[VisionEngine]:
 
 
 def encode(engine: VisionEngine, images: Tensor) -> tuple[Tensor, Reduced | None]:
-    engine.begin(torch.arange(len(images)))
+    each = torch.arange(len(images))
+    engine.begin(lambda: each, each)
     tokens = engine.encoder(images).tokens
     return tokens, engine.finish(tokens)
 
@@ -388,7 +389,7 @@ def test_padding_of_a_view_is_seen_but_never_kept(make):
 
     program: Program = ((VIT_OUT, Select(Budget.parse("50%"), Selector(choose, (PatchAttention(0, "class"),)))),)
     with under(encoder, program) as engine:
-        engine.begin(torch.arange(3), torch.tensor([0, 1, 1]), real)
+        engine.begin(lambda: torch.arange(3), torch.tensor([0, 1, 1]), real)
         cut = engine.finish(engine.encoder(images).tokens)
     [tokens] = seen
     assert torch.equal(tokens.valid, real) and tokens.total.tolist() == [16, 16, 8]
@@ -396,6 +397,27 @@ def test_padding_of_a_view_is_seen_but_never_kept(make):
     expected = read(encoder, PatchAttention(0, "class"), images=images)
     assert torch.equal(tokens.signal(PatchAttention(0, "class")), expected[PatchAttention(0, "class")])
     assert cut is not None and cut.valid.sum(1).tolist() == [8, 8, 4]
+
+
+def test_only_signals_that_a_later_cut_reads_go_along(make):
+    early, late = PatchAttention(0, "class"), PatchAttention(1, "class")
+    seen: list[list[Signal]] = []
+
+    def cut_to(keep: int, *needs: Signal) -> Select:
+        def choose(tokens: Tokens, count: Tensor) -> Tensor:
+            assert all(tokens.signal(signal).shape[-1] == tokens.x.shape[1] for signal in needs)
+            return tokens.valid & (tokens.valid.cumsum(1) <= count[:, None])
+
+        return Select(Budget(tokens=keep), Selector(choose, needs))
+
+    program: Program = ((vit_after(0), cut_to(8, early)), (vit_after(1), cut_to(4, early, late)))
+    encoder = make("timm")
+    with under(encoder, program) as engine:
+        watch = lambda module, args: seen.append(sorted(engine.now.signals, key=repr))  # noqa: E731
+        for number in (1, 2):
+            encoder.blocks[number].register_forward_pre_hook(watch)
+        encode(engine, pictures())
+    assert seen == [[early], []]
 
 
 def test_views_of_one_image_share_its_budget(make):
@@ -408,7 +430,7 @@ def test_views_of_one_image_share_its_budget(make):
     encoder, real = make("timm"), torch.ones(3, 16, dtype=torch.bool)
     real[2, 8:] = False
     with under(encoder, ((VIT_OUT, Select(Budget(tokens=6), Selector(choose))),)) as engine:
-        engine.begin(torch.arange(3), torch.tensor([0, 1, 1]), real)
+        engine.begin(lambda: torch.arange(3), torch.tensor([0, 1, 1]), real)
         engine.finish(engine.encoder(pictures(3)).tokens)
     assert counts == [[6, 4, 2]]
 

@@ -12,10 +12,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, PreTrainedTokenizerFast
 
+from vlm.models.backbones.huggingface import HuggingFace
 from vlm.models.errors import ModelError
 from vlm.models.program.attach import attach
 from vlm.models.program.budget import Budget
 from vlm.models.pruners.cdpruner import Cdpruner
+from vlm.models.vision_language import VisionLanguageModel
 
 
 def greedy(x: Tensor, relevance: Tensor, count: int) -> list[int]:
@@ -150,6 +152,20 @@ def test_an_answer_has_no_say_in_clip_s_relevance_and_the_question_has(make_mode
     assert kept[0] == kept[1] != kept[2]
 
 
+def test_a_composed_model_s_encoder_of_transformers_must_be_a_clip(make_model, clip):
+    model = readable(make_model())
+    for kind in ("clip_vision_model", "siglip_vision_model"):
+        size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+        vision = HuggingFace(config={"model_type": kind, "image_size": 48, "patch_size": 8, **size})
+        facts = readable(VisionLanguageModel(vision, model.connector, model.language)).facts
+        method = Cdpruner(Budget.parse(9), "clip", text=str(clip))
+        if kind == "clip_vision_model":
+            assert method.program(facts)
+            continue
+        with pytest.raises(ModelError, match=r"a vision encoder of CLIP, .*; found 'siglip_vision_model'"):
+            method.program(facts)
+
+
 @pytest.mark.parametrize(
     ("relevance", "text", "expected"),
     [
@@ -164,7 +180,7 @@ def test_a_clip_that_is_not_there_is_refused(make_model, relevance, text, expect
         Cdpruner(Budget.parse(9), relevance, text=text).program(model.facts)
 
 
-def test_clip_needs_a_tokenizer_and_the_model_s_own_encoder(make_model, batch, clip, tmp_path):
+def test_clip_needs_a_tokenizer_and_the_model_s_own_encoder(make_model, clip, tmp_path):
     model = make_model()
     method = Cdpruner(Budget.parse(9), "clip", text=str(clip))
     with pytest.raises(ModelError, match="built with its tokenizer"):
@@ -176,6 +192,5 @@ def test_clip_needs_a_tokenizer_and_the_model_s_own_encoder(make_model, batch, c
     CLIPModel(wide.config).save_pretrained(tmp_path)
     for file in clip.glob("tokenizer*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    program = Cdpruner(Budget.parse(9), "clip", text=str(tmp_path)).program(readable(model).facts)
-    with attach(model, program), pytest.raises(ModelError, match=r"vision encoder, 16 wide; found .* 24 wide"):
-        model(batch("t#t"))
+    with pytest.raises(ModelError, match=r"vision encoder, 16 wide; found .* 24 wide"):
+        Cdpruner(Budget.parse(9), "clip", text=str(tmp_path)).program(readable(model).facts)

@@ -86,9 +86,10 @@ def test_cuts_stand_where_the_code_has_them(clear):
     program = Flowcut(Budget(tokens=64)).program(big)
     assert [site for site, _ in program] == [vit_after(block) for block in range(1, 22, 2)]
     assert [op.exact for _, op in program] == [False] * 10 + [True]
-    for form, more in (("next", 160), ("qwen", 128)):
+    for form, more, first in (("next", 160, 1), ("qwen", 128, 0)):
         *inside, (site, last) = Flowcut(Budget(tokens=64), form=form).program(big)
         assert {op.keep.tokens for _, op in inside} == {more}
+        assert [site for site, _ in inside] == [vit_after(block) for block in range(first, 23, 2)]  # 22 is the last
         assert site == llm_before(2) and last.keep.tokens == 64 and last.selector.needs == (VisualFlow(1),)
 
 
@@ -131,7 +132,8 @@ def test_the_second_cut_goes_by_flow_to_the_last_row(clear, batch, by_eye, form,
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
     attention = model.decoder.layers[1].self_attn
     with torch.no_grad():
-        with attach(model, Flowcut(Budget(tokens=more)).program(model.facts)):
+        *inside, _ = program = Flowcut(Budget(tokens=4), form=form).program(model.facts)
+        with attach(model, (*inside,)):
             first = model(inputs).layout
 
             def spy(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -145,7 +147,7 @@ def test_the_second_cut_goes_by_flow_to_the_last_row(clear, batch, by_eye, form,
             handle = attention.register_forward_pre_hook(spy, with_kwargs=True)
             model(inputs)
             handle.remove()
-        with attach(model, Flowcut(Budget(tokens=4), form=form).program(model.facts)):
+        with attach(model, program):
             out, (_, stream) = model(inputs), model.prefill(inputs)
     visual = first.visual[0].nonzero().flatten().tolist()
     score = flow_to_last(*seen[0], visual, first.role.shape[1] - 1)

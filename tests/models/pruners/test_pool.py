@@ -62,7 +62,7 @@ def test_images_of_a_sample_are_pooled_apart_and_padding_not_at_all():
     valid, place = image >= 0, torch.tensor([[0, 1, 2, 3, 0, 1, 0], [0, 1, 2, 0, 0, 0, 0]])
     x = torch.where(valid[..., None], torch.arange(14.0).reshape(2, 7, 1), torch.nan)
     total, images = valid.sum(1), torch.tensor([2, 1])
-    tokens = Tokens(x, valid, total, lambda signal: x, total, images, image, place * 0, place)
+    tokens = Tokens(x, valid, lambda: total, lambda signal: x, total, images, image, place * 0, place)
     kept = _middles(tokens, torch.tensor([3, 1]))
     found = _means(tokens, kept, torch.tensor([3, 1]))
     assert found.place[0].tolist() == [1, 3, 5] and found.place[1, :1].tolist() == [1]

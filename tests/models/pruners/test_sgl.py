@@ -1,20 +1,22 @@
 """SGL: a guide's attention in dense matrices, from the model itself or a second one, and the early exit."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlm.models.errors import ModelError
 from vlm.models.mitigators.var import Var
+from vlm.models.program.ahead import PROBE, Stop, run_on
 from vlm.models.program.attach import attach
 from vlm.models.program.budget import Budget
 from vlm.models.program.decode import generate
 from vlm.models.program.guide import Guide, draft, log_likelihood, visual_importance
 from vlm.models.program.observe import observe
-from vlm.models.program.program import VIT_OUT, Select, llm_before
-from vlm.models.program.select import attention_from_last_row, even_stride
+from vlm.models.program.program import VIT_OUT, Rescore, Select, attn, llm_before
+from vlm.models.program.select import attention_from_last_row, even_stride, top_by
 from vlm.models.pruners.sgl import Sgl
 
 
@@ -97,6 +99,52 @@ def test_a_pass_aside_is_the_bare_model_s_and_leaves_the_program_as_it_was(make_
         after = model(inputs)
     assert torch.equal(after.hidden, before.hidden)
     assert torch.equal(after.layout.col, before.layout.col)
+
+
+@pytest.mark.parametrize("others", ["alone", "behind the cut", "before the cut", "in the encoder"])
+def test_the_pass_itself_is_watched_where_nothing_acts_before_the_cut(make_model, batch, others):
+    model, inputs = make_model(class_token=True, blocks=4), batch("tt#ttt", "t#t#t")
+    cut = Sgl(Budget.parse("25%"), 2).program(model.facts)
+    (signal,) = cut[0][1].selector.needs  # type: ignore[union-attr]
+    own = top_by(replace(signal, watch=None))  # type: ignore[type-var]
+    aside = ((cut[0][0], replace(cut[0][1], selector=own)),)  # type: ignore[type-var]
+    double = Rescore(scores=lambda scores, keys: scores * 2)
+    more: Any = {
+        "alone": (),
+        "behind the cut": ((attn(2), double), (attn(3), double)),
+        "before the cut": ((attn(1), double),),
+        "in the encoder": ((VIT_OUT, Select(Budget.parse("50%"), even_stride())),),
+    }[others]
+    begun: list[int] = []
+    for number, module in enumerate((model.vision, *model.decoder.layers)):
+        module.register_forward_pre_hook(lambda module, args, number=number: begun.append(number))
+    found, counts = [], []
+    for program in (cut, aside):
+        begun.clear()
+        with torch.no_grad(), attach(model, (*more, *program)):
+            logits, stream = model.prefill(inputs)
+            counts.append([begun.count(number) for number in range(5)])
+            found.append((logits, model.step(stream, logits.argmax(1)), stream.run.last.source))
+            assert not stream.run.watchers
+    twice = [2, 2, 2, 2, 2]
+    assert counts == [[1, 1, 1, 2, 2] if others in ("alone", "behind the cut") else twice, twice]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
+
+
+def test_looking_on_draws_no_dropout_of_the_pass():
+    class Layer(nn.Module):
+        def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
+            if kwargs.get(PROBE):
+                raise Stop(hidden, hidden, None)
+            assert kwargs["past_key_values"] is None
+            return nn.functional.dropout(hidden, 0.5, self.training)
+
+    before = torch.get_rng_state()
+    q = run_on([Layer(), Layer()], torch.ones(1, 9, 2, requires_grad=True), {"past_key_values": 1}).q
+    assert not q.requires_grad
+    assert 0 < int((q == 0).sum()) < q.numel()
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_an_answer_that_is_learned_has_no_say(make_model, batch):

@@ -79,6 +79,26 @@ def test_a_run_is_the_same_in_one_piece_and_in_two_with_other_micro_batches(reci
     assert all(line["loss"] > 0 for line in lines(whole, "metrics.jsonl"))
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_two_processes_train_on_the_packs_of_one(parallel, recipe, ranks, tmp_path):
+    """Half of it by two processes and half by one: each pack goes to one rank, whole, and the run is that of one."""
+    whole, shared = tmp_path / "whole", tmp_path / "shared"
+    run(load(recipe, run__dir=whole))
+    given = [f"{name}={value}" for name, value in PACKED.items()]
+    group = ranks(2, *given, f"run.parallel={parallel}", "run.micro_batch=1", to="shared")
+    assert group.join() == [0, 0], group.output()
+    samples = lines(whole, "samples.jsonl")
+    assert lines(shared, "samples.jsonl") == samples
+    for path in (shared / "checkpoints").glob("stage1-*"):
+        if "step00000004" not in path.name:
+            path.unlink()
+    run(load(recipe, run__dir=shared))
+    assert lines(shared, "samples.jsonl") == samples
+    expected, found = weights(whole), weights(shared)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=2e-5, msg=name)
+
+
 def test_the_plan_tells_how_full_packs_are(recipe):
     text = plan(load(recipe))
     [line] = [line for line in text.splitlines() if "% full" in line]

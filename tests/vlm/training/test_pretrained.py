@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPConfig
 
 from vlm import export
 from vlm.build import build_encoder, build_model, build_tokenizer
@@ -269,6 +269,29 @@ def test_without_stages_the_checkpoint_itself_is_judged(
     assert (tmp_path / "run/report.html").stat().st_size > 10_000
 
 
+def test_a_pruner_inside_the_encoder_of_qwen_is_planned_trained_and_judged(
+    whole: Any, stand_ins: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half of the visual tokens come out of the encoder, a quarter of them out of the second decoder layer."""
+    whole("qwen2_5_vl")
+    scenes = stand_ins / "scenes"
+    pope = f"{{use: pope, questions: [{scenes}/benchmarks/pope_random.json], images: {scenes}/test, limit: 6}}"
+    chair = (
+        f"{{use: chair, truth: {scenes}/benchmarks/chair.json, synonyms: {scenes}/benchmarks/synonyms.txt,"
+        f" images: {scenes}/test, limit: 4, max_new_tokens: 4}}"
+    )
+    arguments = [str(tmp_path / "whole.yaml"), f"run.dir={tmp_path / 'run'}", "evaluate.pictures=2", FULL]
+    method = "{use: flowcut, keep: 25%, form: qwen, position: keep}"
+    arguments += ["stages.0.steps=2", f"prune={method}", f"evaluate.compare=[{{}}, {{prune: {method}}}]"]
+    arguments += [f"evaluate.benchmarks={{pope: {pope}, chair: {chair}}}"]
+    assert main(["plan", *arguments]) == 0
+    assert "Visual tokens per image: depends on the image" in capsys.readouterr().out
+    assert main(["run", *arguments]) == 0
+    results = json.loads((tmp_path / "run/evaluation.json").read_text())["results"]
+    kept = [result["cost"]["visual_tokens"]["per_layer"] for result in results]
+    assert kept == [[25] * 4, [12, 12, 6, 6]]
+
+
 @pytest.mark.parametrize(
     ("kind", "override", "expected"),
     [
@@ -277,7 +300,13 @@ def test_without_stages_the_checkpoint_itself_is_judged(
         ("llava", "stages.0.objective=tags",
          "objective tags trains a part of a composed model by itself; found model.from"),
         ("qwen2_5_vl", "prune={use: visionzip, keep: 50%}",
-         "visionzip: qwen2_5_vl encodes and projects images in one step of Transformers; prune at llm.in instead"),
+         "visionzip: it ranks tokens by the class token's attention, and this vision encoder has no class token; "
+         "set attention: received"),
+        ("qwen2_5_vl", "prune={use: flowcut, keep: 50%, form: qwen}",
+         "position ids on three axes cannot be counted anew; set position: keep (found reindex)"),
+        ("qwen2_5_vl", "prune={use: tome, keep: 50%, position: keep}",
+         "vit.mid[0]: patches that the connector merges go together here, from block to block and not inside one; use "
+         "a pruner that cuts at vit.after, vit.out or llm.in"),
         ("qwen2_5_vl", "prune={use: stride, keep: 50%, position: reindex}",
          "position ids on three axes cannot be counted anew; set position: keep (found reindex)"),
         ("qwen2_5_vl", "prune={use: stride, keep: 9, position: keep, schedule: {over: 50%}}",
@@ -288,6 +317,20 @@ def test_without_stages_the_checkpoint_itself_is_judged(
         ("siglip", "prune={use: visionzip, keep: 9}",
          "visionzip: it ranks tokens by the class token's attention, and this vision encoder has no class token; "
          "set attention: received"),
+        ("siglip", "prune={use: cdpruner, keep: 9, relevance: clip, text: some/clip}",
+         "cdpruner: relevance: clip: expected a vision encoder of CLIP, of model_type clip_vision_model; "
+         "found 'siglip_vision_model'; use relevance: language instead"),
+        ("qwen2_5_vl", "prune={use: cdpruner, keep: 50%, relevance: clip, text: some/clip}",
+         "cdpruner: relevance: expected a patch behind each visual token; qwen2_5_vl encodes and projects images in "
+         "one step of Transformers; use relevance: language instead"),
+        ("llava", "prune={use: hired, keep: 9, debias: {padding: 0.5}}",
+         "vit.out: padding: expected a composed model, whose pictures are padded here"),
+        ("llava", "prune={use: fastv, keep: 9, layer: 1, debias: {padding: 0.5}}",
+         "llm.before[1]: padding: expected a composed model, whose pictures are padded here"),
+        ("llava", "prune={use: visionzip, keep: 9, debias: -1}",
+         "prune.debias: expected the sigma of exp(-sigma x), 0 or more, or fastv; found '-1'"),
+        ("llava", "prune={use: vscan, keep: 9, debias_encoder: {slope: 1}}",
+         "expected sigma, padding or both; found slope"),
         ("nothing", "seed=1", "model: no checkpoint at "),
     ],
 )  # fmt: skip
@@ -305,6 +348,20 @@ def test_a_plan_refuses_what_cannot_be(
     assert main(["plan", str(tmp_path / "whole.yaml"), f"model.from={name}", override]) == 2
     error = capsys.readouterr().err
     assert expected in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_a_plan_takes_the_clip_whose_encoder_the_model_has_and_no_other(
+    whole: Any, stand_ins: Path, tmp_path: Path, capsys: Any
+) -> None:
+    vision = json.loads((stand_ins / "llava/config.json").read_text())["vision_config"]
+    whole("llava")
+    for name, width in (("own", vision["hidden_size"]), ("other", 2 * vision["hidden_size"])):
+        CLIPConfig(vision_config={**vision, "hidden_size": width}).save_pretrained(tmp_path / name)
+    for name in ("own", "other"):
+        prune = f"prune={{use: cdpruner, keep: 9, relevance: clip, text: {tmp_path / name}}}"
+        assert main(["plan", str(tmp_path / "whole.yaml"), prune]) == (0 if name == "own" else 2)
+    error = capsys.readouterr().err
+    assert "expected the CLIP of the model's own vision encoder" in error and error.count("\n") == 1
 
 
 def sample(*turns: str, images: int = 0, stand_ins: Path) -> Sample:

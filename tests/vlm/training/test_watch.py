@@ -19,6 +19,7 @@ from vlm.data.store import Store
 from vlm.models.program.attach import attach
 from vlm.recipe import load_recipe
 from vlm.training import checkpoints
+from vlm.training.callbacks import append_line
 from vlm.training.errors import TrainingError
 from vlm.training.flops import FlopMeter
 from vlm.training.loss import inputs_of
@@ -100,6 +101,11 @@ def final(folder: Path) -> dict[str, Any]:
     point = checkpoints.newest(folder / "checkpoints")
     assert point is not None
     return checkpoints.read(point.path)
+
+
+def test_a_log_on_a_full_disk_is_one_line() -> None:
+    with pytest.raises(TrainingError, match="/dev/full could not be written: No space left on device"):
+        append_line(Path("/dev/full"), {"stage": 0, "step": 1})
 
 
 def test_the_log_has_speed_memory_and_evenness(ranks: Any, tmp_path: Path) -> None:
