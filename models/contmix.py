@@ -247,10 +247,10 @@ class ContMixBlock(DynamicKernels):
 
         A map smaller than the large window is enlarged for it and its sums are averaged back.
         """
-        size = x.shape[2:]
+        size = (x.shape[2], x.shape[3])
         x, z = self.enlarged(x), self.enlarged(z)
         out = self.sums(x, self.weight_query(z[:, : self.dim]), self.weight_key(z[:, self.dim :]))
-        return out if out.shape[2:] == size else F.adaptive_avg_pool2d(out, list(size))
+        return out if out.shape[2:] == size else F.adaptive_avg_pool2d(out, size)
 
 
 class ContMix(DynamicKernels):
@@ -303,9 +303,9 @@ class ContMix(DynamicKernels):
 
     def mix(self, z: Map) -> Map:
         """The values of a map summed with the kernels that it makes itself."""
-        size, z = z.shape[2:], self.enlarged(z)
+        size, z = (z.shape[2], z.shape[3]), self.enlarged(z)
         out = self.sums(self.weight_value(z), self.weight_query(z), self.weight_key(z))
-        return out if out.shape[2:] == size else F.adaptive_avg_pool2d(out, list(size))
+        return out if out.shape[2:] == size else F.adaptive_avg_pool2d(out, size)
 
     def _add(self, x: Map, scale: nn.Module, change: Map) -> Map:
         return scale(x) + self.drop_path(change) if self.shortcut else x + self.drop_path(scale(change))
