@@ -91,7 +91,8 @@ def unread(encoder: Any) -> list[str]:
     with torch.enable_grad(), own as terms:
         total = functional_call(encoder, (weights, buffers), (blank,)).tokens.sum()
         for term in terms.values():
-            total = total + torch.stack(term.values).sum()
+            for value in term.values:  # none where no layer that is kept has such a loss
+                total = total + value
     found = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
     return [name for name, gradient in zip(weights, found, strict=True) if gradient is None]
 
