@@ -250,7 +250,7 @@ class ContMixBlock(DynamicKernels):
         size = x.shape[2:]
         x, z = self.enlarged(x), self.enlarged(z)
         out = self.sums(x, self.weight_query(z[:, : self.dim]), self.weight_key(z[:, self.dim :]))
-        return out if out.shape[2:] == size else F.adaptive_avg_pool2d(out, list(size))
+        return out if out.shape[2:] == size else F.adaptive_avg_pool2d(out, (size[0], size[1]))
 
 
 class ContMix(DynamicKernels):
@@ -305,7 +305,7 @@ class ContMix(DynamicKernels):
         """The values of a map summed with the kernels that it makes itself."""
         size, z = z.shape[2:], self.enlarged(z)
         out = self.sums(self.weight_value(z), self.weight_query(z), self.weight_key(z))
-        return out if out.shape[2:] == size else F.adaptive_avg_pool2d(out, list(size))
+        return out if out.shape[2:] == size else F.adaptive_avg_pool2d(out, (size[0], size[1]))
 
     def _add(self, x: Map, scale: nn.Module, change: Map) -> Map:
         return scale(x) + self.drop_path(change) if self.shortcut else x + self.drop_path(scale(change))
