@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """Every family compiles: a whole encoder is traced into one graph, without a break, with its tokens and gradients.
-=======
-"""Every family compiles: one graph of a whole encoder, without a break, that gives its tokens and gradients.
->>>>>>> wf
 
 What each backend shows: ``eager`` runs the graph of TorchDynamo as it is; ``aot_eager`` also traces the backward pass
 and takes both apart into the operations that code is made of; ``inductor`` makes the code, which takes minutes for most
