@@ -79,9 +79,7 @@ def timed(reader: Reader, source: Path, job: Job, most: int, state: Any = None) 
     return Pass(first, count / (end - start) if count else float("nan"))
 
 
-def measure(
-    readers: Sequence[Reader], sources: dict[str, Source], arguments: argparse.Namespace, log: Path
-) -> Passes:
+def measure(readers: Sequence[Reader], sources: dict[str, Source], arguments: argparse.Namespace, log: Path) -> Passes:
     """Passes of every setting and reader, taking turns; the first of each, which warms up, is left out."""
     passes: Passes = {}
     everything, some = (count // arguments.batch for count in (arguments.samples, arguments.decoded))
@@ -250,7 +248,12 @@ def page(arguments: argparse.Namespace, readers: Sequence[Reader], work: Path, l
     print(f"passes done: {time.monotonic() - begin:.0f} s", flush=True)
     settings = [(workers, decode) for decode in (False, True) for workers in arguments.workers]
     lines = [*head(arguments, readers, sources, mean_kb), *throughput(readers, passes, settings, mean_kb)]
-    lines += ["", "What happened when it was tried, in the same run (`tools/readers/checks.py`):", "", *abilities(found)]
+    lines += [
+        "",
+        "What happened when it was tried, in the same run (`tools/readers/checks.py`):",
+        "",
+        *abilities(found),
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -29,9 +29,7 @@ def alone(function: Callable[..., Any], *arguments: Any, log: Path, seconds: flo
     return ranks([(function, arguments)], log=log, seconds=seconds)[0]
 
 
-def ranks(
-    calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]], log: Path, seconds: float = 120.0
-) -> list[Any]:
+def ranks(calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]], log: Path, seconds: float = 120.0) -> list[Any]:
     """The values or Failures of calls made at once, each a rank of a world of as many."""
     context, port = get_context("fork"), _free_port()
     started = []
@@ -44,7 +42,7 @@ def ranks(
         started.append((process, ours))
     until = time.monotonic() + seconds
     values: list[Any] = []
-    for process, ours in started:
+    for _, ours in started:
         try:
             told = ours.poll(max(0.0, until - time.monotonic()))
             values.append(ours.recv() if told else Failure("Timeout", f"no end within {seconds:g} s"))
