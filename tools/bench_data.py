@@ -19,6 +19,7 @@ The second table is what happened when each thing was tried: see `tools/readers/
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import statistics
@@ -164,7 +165,7 @@ def throughput(readers: Sequence[Reader], passes: Passes, settings: Sequence[Set
             own = of.get(reader.name)
             failed = [one for one in own or () if isinstance(one, Failure)]
             if own is None:
-                cells += [f"not installed: `{INSTALL}`", "", "", ""]
+                cells += [absent(reader), "", "", ""]
             elif failed:
                 cells += [f"stops: {failed[0].kind}: {failed[0].message}".replace("|", "/"), "", "", ""]
             else:
@@ -174,6 +175,11 @@ def throughput(readers: Sequence[Reader], passes: Passes, settings: Sequence[Set
                 cells += [_ratio(own, of[fastest]) if fastest else "", f"{1e3 * first:.0f}"]
             lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def absent(reader: Reader) -> str:
+    """Why a reader has no numbers."""
+    return "not asked for" if installed(reader.package) else f"not installed: `{INSTALL}`"
 
 
 def _rate(passes: Sequence[Pass | Failure]) -> float:
@@ -194,7 +200,7 @@ def abilities(found: dict[str, Cells]) -> list[str]:
     lines = ["| | " + " | ".join(reader.name for reader in READERS) + " |", "|---" * (len(READERS) + 1) + "|"]
     names = list(dict.fromkeys(name for cells in found.values() for name in cells))
     for name in names:
-        cells = [found[r.name].get(name, "not checked") if r.name in found else "not installed" for r in READERS]
+        cells = [found[r.name].get(name, "not checked") if r.name in found else absent(r) for r in READERS]
         lines.append("| " + " | ".join([name, *cells]) + " |")
     return lines
 
@@ -240,17 +246,19 @@ def page(arguments: argparse.Namespace, readers: Sequence[Reader], work: Path, l
     sources = prepare(readers, shards, work, log)
     mean_kb = sources["ours"].size / arguments.samples / 1e3
     print(f"samples and formats: {time.monotonic() - begin:.0f} s", flush=True)
-    found = run_checks(readers, work / "checks", log)
-    print(f"checks done: {time.monotonic() - begin:.0f} s", flush=True)
-    for name, cell in middle(readers, sources, arguments, log).items():
-        found[name] = {**found[name], "first batch from the start; from a state nine tenths through": cell}
+    kept = work / "checks.json"
+    if not arguments.kept_checks:
+        kept.write_text(json.dumps(run_checks(readers, work / "checks", log)))
+    found: dict[str, Cells] = {name: cells for name, cells in json.loads(kept.read_text()).items() if name in sources}
     passes = measure(readers, sources, arguments, log)
     print(f"passes done: {time.monotonic() - begin:.0f} s", flush=True)
+    for name, cell in middle(readers, sources, arguments, log).items():
+        found[name] = {**found[name], "first batch from the start; from a state nine tenths through": cell}
     settings = [(workers, decode) for decode in (False, True) for workers in arguments.workers]
     lines = [*head(arguments, readers, sources, mean_kb), *throughput(readers, passes, settings, mean_kb)]
     lines += [
         "",
-        "What happened when it was tried, in the same run (`tools/readers/checks.py`):",
+        "What happened when it was tried (`tools/readers/checks.py`):",
         "",
         *abilities(found),
     ]
@@ -266,6 +274,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--decoded-repeats", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=[reader.name for reader in READERS], help="beside ours")
+    parser.add_argument("--kept-checks", action="store_true", help="show what the run before found in --work")
     parser.add_argument("--work", type=Path, default=Path("runs/bench_data"), help="samples, formats, log")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the tables, as Markdown")
     arguments = parser.parse_args()

@@ -7,6 +7,7 @@ stopped after `STOP` batches by taking its state there while workers have read a
 from __future__ import annotations
 
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -25,6 +26,7 @@ from vlm.data.index import load_index
 BATCH, STOP, MIXED = 8, 11, 20  # samples of a global batch; batches before the stop; batches compared of a mixture
 SIZES, PER_FILE, SIDES = (192, 64), 32, (48, 96)
 WEIGHTS = (3.0, 1.0)
+SECONDS = 30.0  # what takes longer hangs: it is a second or two of work
 NO_STATE = "nothing to save"
 
 Cells = dict[str, str]  # capability -> what was found
@@ -62,7 +64,9 @@ def run_checks(readers: Sequence[Reader], work: Path, log: Path) -> dict[str, Ce
             if isinstance(made, Failure):
                 raise RuntimeError(f"{reader.name}: converting {name}: {made.kind}: {made.message} (see {log})")
             folders.append(made)
+        begin = time.monotonic()
         found[reader.name] = _cells(reader, Folders(*folders), work / reader.name / "changed", log)
+        print(f"checks of {reader.name}: {time.monotonic() - begin:.0f} s", flush=True)
     return found
 
 
@@ -101,7 +105,7 @@ def _run(
 ) -> Trace | Failure:
     """Global batches of a world, ranks one after the other in each; the state is what a checkpoint would hold."""
     jobs = [Job(BATCH // world, workers, decode, 0, world, rank) for rank in range(world)]
-    traces = ranks([(_trace, (partial(reader.loader, sources, weights, job, state),)) for job in jobs], log, 60.0)
+    traces = ranks([(_trace, (partial(reader.loader, sources, weights, job, state),)) for job in jobs], log, SECONDS)
     for trace in traces:
         if isinstance(trace, Failure):
             return trace
@@ -276,7 +280,7 @@ def _remote(reader: Reader, source: Path, changed: Path, log: Path) -> str:
         base = f"http://127.0.0.1:{server.server_address[1]}"
         copy = changed.with_name("copy")
         shutil.rmtree(copy, ignore_errors=True)
-        found = alone(_read_remote, reader, base, source, copy, log=log, seconds=40)
+        found = alone(_read_remote, reader, base, source, copy, log=log, seconds=SECONDS)
     finally:
         process.terminate()
         process.join()
