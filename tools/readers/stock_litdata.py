@@ -41,7 +41,9 @@ def loader(
 ) -> LitLoader:
     litdata = import_module("litdata")
     datasets = [
-        litdata.StreamingDataset(str(source), shuffle=True, seed=job.seed, transform=Columns(job.decode))
+        litdata.StreamingDataset(
+            str(source), shuffle=True, drop_last=False, seed=job.seed, transform=Columns(job.decode)
+        )
         for source in sources
     ]
     dataset = datasets[0]
