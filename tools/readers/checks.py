@@ -323,4 +323,4 @@ def _words(found: Any) -> str:
     """A failure in a cell."""
     assert isinstance(found, Failure)
     message = found.message if len(found.message) < 90 else found.message[:87] + "..."
-    return f"stops: {found.kind}: {message}".replace("|", "/")
+    return f"stops: {found.kind}: {message}".replace("|", "/").replace(str(Path.cwd()), ".")
