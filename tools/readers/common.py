@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -128,7 +129,7 @@ class Columns:
 
 def shard_samples(shards: Path) -> Iterator[dict[str, Any]]:
     """Every sample of a folder of shards as (key, image, json), in order, for converting."""
-    import webdataset
+    webdataset = import_module("webdataset")  # its stubs name none of this
 
     urls = [str(path) for path in sorted(shards.glob("*.tar"))]
     for sample in webdataset.WebDataset(urls, shardshuffle=False):

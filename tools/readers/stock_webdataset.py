@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def convert(shards: Path, folder: Path, per_file: int) -> Path:
 def loader(
     sources: Sequence[Path | list[str]], weights: Sequence[float], job: Job, state: dict[str, Any] | None = None
 ) -> WebLoader:
-    import webdataset
+    webdataset = import_module("webdataset")  # its stubs name none of this
 
     def pipeline(source: Path | list[str]) -> Any:
         urls = [str(path) for path in sorted(source.glob("*.tar"))] if isinstance(source, Path) else source
@@ -58,7 +59,7 @@ def loader(
         mixed = pipeline(sources[0])
     else:
         mixed = webdataset.DataPipeline(webdataset.RandomMix([pipeline(source) for source in sources], list(weights)))
-    batched = mixed.compose(webdataset.filters.batched(job.batch, collation_fn=together))
+    batched = mixed.compose(import_module("webdataset.filters").batched(job.batch, collation_fn=together))
     return WebLoader(webdataset.WebLoader(batched, batch_size=None, num_workers=job.workers))
 
 
