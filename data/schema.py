@@ -98,19 +98,13 @@ def parse_sample(key: str, json_bytes: bytes, media: Mapping[int, tuple[str, byt
 
 def joined_sample(key: str, json_bytes: bytes, media: tuple[bytes, ...], media_ext: tuple[str, ...]) -> Sample:
     """:func:`parse_sample` of media that are in order already."""
-    sizes = [len(content) for content in media]
-    usual = _usual(check_key(key), json_bytes, sizes, media, media_ext)
-    return usual or replace(_strict(key, json_bytes, sizes), media=media, media_ext=media_ext)
+    sample = parse_record(key, json_bytes, [len(content) for content in media])
+    return replace(sample, media=media, media_ext=media_ext)
 
 
 def parse_record(key: str, json_bytes: bytes, sizes: Sequence[int]) -> Sample:
     """The sample without its media, checked against their sizes in bytes. Raises DataError."""
-    return _usual(check_key(key), json_bytes, sizes) or _strict(key, json_bytes, sizes)
-
-
-def _strict(key: str, json_bytes: bytes, sizes: Sequence[int]) -> Sample:
-    """Any legal record, and the words for what is wrong with any other."""
-    reader = _Reader(key)
+    reader = _Reader(check_key(key))
     record = reader.document(json_bytes)
     reader.fields("", record, _FIELDS, required=("v", "messages"))
     if record["v"] != VERSION or isinstance(record["v"], bool):
@@ -198,101 +192,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _not_a_number(name: str) -> float:
     raise ValueError(f"number {name}")
-
-
-# Reading costs more time than the disk does. So a record as `dump_sample` writes it (the fields of messages, parts and
-# media in its order, no escape that could hide half a surrogate pair) is read by the code below, which knows that form
-# alone and takes less than half the time. It has no words for what is wrong: whatever differs is left to `_Reader`.
-
-_PAIRS = json.JSONDecoder(object_pairs_hook=tuple, parse_constant=_not_a_number)  # arrays: lists, objects: tuples
-_USUAL_FIELDS = frozenset(_FIELDS) - {"rejected"}
-
-
-class _Unusual(ValueError):
-    """A record of another form, or a wrong one."""
-
-
-def _usual(
-    key: str, json_bytes: bytes, sizes: Sequence[int], media: tuple[bytes, ...] = (), exts: tuple[str, ...] = ()
-) -> Sample | None:
-    """The sample, with `media` in it, as `_strict` reads it; None if the record is not in the usual form."""
-    if b"\\u" in json_bytes:
-        return None
-    try:
-        record = _usual_object(_PAIRS.decode(json_bytes.decode("utf-8")))
-        if not record.keys() <= _USUAL_FIELDS or type(record["v"]) is not int or record["v"] != VERSION:
-            return None
-        shown: set[int] = set()
-        messages = tuple([_usual_message(pairs, shown) for pairs in _usual_list(record["messages"])])
-        stated = _usual_list(record.get("media", []))
-        infos = tuple([_usual_medium(pairs, size) for pairs, size in zip(stated, sizes, strict=True)]) if stated else ()
-        tags, meta = tuple(_usual_list(record.get("tags", []))), _usual_value(record.get("meta", ()))
-        source, license, answer = record.get("source", ""), record.get("license", ""), record.get("answer")
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
-    texts = all([type(text) is str for text in (source, license, *tags)])
-    known = type(meta) is dict and type(answer) in (str, int, float, bool, type(None))
-    if not messages or not texts or not known or len(shown) != len(sizes) or (shown and max(shown) >= len(sizes)):
-        return None
-    return Sample(key, messages, media, exts, tags, source, license, answer, (), meta, infos)
-
-
-def _usual_object(pairs: Any) -> dict[str, Any]:
-    record = dict(pairs)
-    if type(pairs) is not tuple or len(record) != len(pairs):
-        raise _Unusual
-    return record
-
-
-def _usual_list(value: Any) -> list[Any]:
-    if type(value) is not list:
-        raise _Unusual
-    return value
-
-
-def _usual_value(value: Any) -> Any:
-    """Any json, its objects as dictionaries."""
-    if type(value) is tuple:
-        return {name: _usual_value(inner) for name, inner in _usual_object(value).items()}
-    return [_usual_value(inner) for inner in value] if type(value) is list else value
-
-
-def _usual_message(pairs: Any, shown: set[int]) -> Message:
-    """A message; the media it shows go into `shown`."""
-    (first, role), (second, content) = pairs if len(pairs) == 2 else pairs[:2]
-    if first != "role" or second != "content" or role not in ROLES or type(content) is not list or not content:
-        raise _Unusual
-    parts = []
-    for part in content:
-        (first, kind), (second, value) = part
-        if type(part) is not tuple or first != "type":
-            raise _Unusual
-        if kind == second == "text" and type(value) is str:
-            parts.append(Part("text", value))
-        elif kind == "image" and second == "ref" and type(value) is int and value >= 0:
-            parts.append(Part("image", "", value))
-            shown.add(value)
-        else:
-            raise _Unusual
-    if len(pairs) == 2 and type(pairs) is tuple:
-        return Message(role, tuple(parts))
-    extra = _usual_object(pairs[2:])
-    loss, weight = extra.get("loss", True), extra.get("weight", 1.0)
-    known = role == "assistant" and extra.keys() <= {"loss", "weight"}
-    if not known or type(loss) is not bool or type(weight) not in (int, float) or not 0 <= weight < 1e300:
-        raise _Unusual
-    return Message(role, tuple(parts), loss, float(weight))
-
-
-def _usual_medium(pairs: Any, size: int) -> MediumInfo:
-    (w, width), (h, height), (b, stated), (s, sha256) = pairs
-    if type(pairs) is not tuple or (w, h, b, s) != ("w", "h", "bytes", "sha256"):
-        raise _Unusual
-    if type(width) is not int or type(height) is not int or min(width, height) < 0 or type(sha256) is not str:
-        raise _Unusual
-    if type(stated) is not int or stated != size:
-        raise _Unusual
-    return MediumInfo(width, height, stated, sha256)
 
 
 @dataclass(frozen=True)

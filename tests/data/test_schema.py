@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from vlm.data import schema
 from vlm.data.errors import DataError
 from vlm.data.schema import Message, Part, Sample, check_key, dump_sample, parse_sample
 
@@ -170,71 +169,3 @@ def test_a_sample_that_could_not_be_read_back_is_not_written():
     ):
         with pytest.raises(DataError, match=r"sample '?k"):
             dump_sample(sample)
-
-
-USUAL = json.loads(
-    dump_sample(
-        Sample(
-            "a",
-            (
-                Message("user", (Part("image", ref=0), Part("text", text="Café?"))),
-                Message("assistant", (Part("text", text="no"),), loss=False, weight=0.5),
-                Message("assistant", (Part("text", text="yes"),)),
-            ),
-            (png(),),
-            ("png",),
-            tags=("one", "two"),
-            source="toy",
-            answer=3.0,
-            meta={"a": {"b": [1, {}, {"c": None}]}},
-        )
-    )
-)
-ODD = ["", "text", "image", "assistant", "\ud800", 0, 1, 1.0, -1, True, None, [], {}, [["type", "text"], ["text", "x"]]]
-
-
-def paths(value: Any, so_far: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [*([so_far] if so_far else []), *(path for name, child in inner for path in paths(child, (*so_far, name)))]
-
-
-def mutate(record: Any, path: tuple[Any, ...], kind: str, odd: Any) -> bytes:
-    """The record with what is at the path replaced, gone, renamed, given twice, or its fields in another order."""
-    record = json.loads(json.dumps(record))
-    parent = record
-    for name in path[:-1]:
-        parent = parent[name]
-    last = path[-1]
-    if kind == "replace":
-        parent[last] = odd
-    elif kind == "drop":
-        del parent[last]
-    elif kind == "twice" and isinstance(parent, dict):
-        return json.dumps(record).replace(f'"{last}":', f'"{last}": 1, "{last}":', 1).encode()
-    elif kind == "rename" and isinstance(parent, dict):
-        parent[f"{last}s"] = parent.pop(last)
-    elif isinstance(parent, dict):
-        parent[last] = parent.pop(last)  # now the last field
-    else:
-        parent.append(odd)
-    return json.dumps(record, ensure_ascii=isinstance(odd, str)).encode()
-
-
-@given(
-    st.sampled_from(paths(USUAL)), st.sampled_from(["replace", "drop", "twice", "rename", "move"]), st.sampled_from(ODD)
-)
-def test_the_short_way_to_read_a_record_agrees_with_the_strict_one(path, kind, odd):
-    content, sizes = mutate(USUAL, path, kind, odd), [len(png())]
-    found = schema._usual("a", content, sizes)
-    if found is not None:
-        assert found == schema._strict("a", content, sizes)
-        assert all(type(part.ref) is int for message in found.messages for part in message.content)
-
-
-def test_what_dump_sample_writes_is_read_the_short_way():
-    content, sizes = json.dumps(USUAL, ensure_ascii=False).encode(), [len(png())]
-    found = schema._usual("a", content, sizes)
-    assert found is not None and found == schema._strict("a", content, sizes)
-    assert schema._usual("a", content, [len(png()) + 1]) is None
-    assert schema._usual("a", content, []) is None
-    assert schema._usual("a", b"\xff" + content, sizes) is None
