@@ -93,8 +93,13 @@ def parse_sample(key: str, json_bytes: bytes, media: Mapping[int, tuple[str, byt
     if sorted(media) != list(range(len(media))):
         raise DataError(f"sample {key}: media: expected numbers 0 to {len(media) - 1}, found {sorted(media)}")
     files = [media[number] for number in range(len(media))]
-    sample = parse_record(key, json_bytes, [len(content) for _, content in files])
-    return replace(sample, media=tuple(content for _, content in files), media_ext=tuple(ext for ext, _ in files))
+    return joined_sample(key, json_bytes, tuple(content for _, content in files), tuple(ext for ext, _ in files))
+
+
+def joined_sample(key: str, json_bytes: bytes, media: tuple[bytes, ...], media_ext: tuple[str, ...]) -> Sample:
+    """:func:`parse_sample` of media that are in order already."""
+    sample = parse_record(key, json_bytes, [len(content) for content in media])
+    return replace(sample, media=media, media_ext=media_ext)
 
 
 def parse_record(key: str, json_bytes: bytes, sizes: Sequence[int]) -> Sample:

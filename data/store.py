@@ -17,7 +17,7 @@ from vlm.data import remote
 from vlm.data.address import local_path
 from vlm.data.errors import DataError
 from vlm.data.index import Index, Manifest, Row, load_index
-from vlm.data.schema import Sample, parse_record, parse_sample
+from vlm.data.schema import Sample, joined_sample, parse_record
 
 _OPEN_FILES = 256
 
@@ -30,6 +30,7 @@ class Store:
         self._ends = list(accumulate(manifest.shard_sizes))
         self._indexes: dict[int, Index] = {}
         self._files: dict[int, int] = {}
+        self._paths: dict[int, str | None] = {}
         self._process = os.getpid()
 
     def __len__(self) -> int:
@@ -73,15 +74,16 @@ class Store:
         shard, row = self._locate(number)
         if row.problem:
             raise DataError(row.problem)
-        pieces = [(row.offset, row.size), *((medium.offset, medium.size) for medium in row.media)]
-        start = min(offset for offset, _ in pieces)
-        end = max(offset + size for offset, size in pieces)
+        start, end = row.offset, row.offset + row.size
+        for medium in row.media:
+            start, end = min(start, medium.offset), max(end, medium.offset + medium.size)
         content = self._content(row, shard, start, end)
         if len(content) != end - start:
             where = self.manifest.shards[shard].address
             raise DataError(f"sample {row.key}: {where}: expected {end - start} bytes at {start}, found {len(content)}")
-        document, *files = (content[offset - start : offset - start + size] for offset, size in pieces)
-        return parse_sample(row.key, document, {n: (row.media[n].ext, file) for n, file in enumerate(files)})
+        document = content[row.offset - start : row.offset - start + row.size]
+        media = [content[medium.offset - start : medium.offset - start + medium.size] for medium in row.media]
+        return joined_sample(row.key, document, tuple(media), tuple([medium.ext for medium in row.media]))
 
     def record(self, number: int) -> Sample:
         """One sample without its media: its text and what it says of them. Raises as :meth:`read` does."""
@@ -119,11 +121,13 @@ class Store:
             raise DataError(f"sample {row.key}: {error}") from error
 
     def _read_range(self, shard: int, start: int, end: int) -> bytes:
-        address = self.manifest.shards[shard].address
-        path = local_path(address)
-        if path is None:
-            return remote.read_range(address, start, end)
-        return os.pread(self._file(shard, str(path)), end - start, start)
+        if shard not in self._paths:
+            path = local_path(self.manifest.shards[shard].address)
+            self._paths[shard] = None if path is None else str(path)
+        name = self._paths[shard]
+        if name is None:
+            return remote.read_range(self.manifest.shards[shard].address, start, end)
+        return os.pread(self._file(shard, name), end - start, start)
 
     def _file(self, shard: int, path: str) -> int:
         if self._process != os.getpid():  # forked: the parent's descriptors stay the parent's

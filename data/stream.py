@@ -176,12 +176,14 @@ class SampleStream:
 
     def _loader(self) -> Iterable[list[MicroBatch] | DataError]:
         workers = self.config.workers
+        if not workers:  # a DataLoader would only add its bookkeeping
+            return (self._windows[window] for window in range(len(self._windows)))
         return DataLoader(
             self._windows,
             batch_size=None,
             num_workers=workers,
             # forked workers start at once; spawned ones import torch first, which takes seconds
-            multiprocessing_context=("fork" if sys.platform == "linux" else "spawn") if workers else None,
+            multiprocessing_context="fork" if sys.platform == "linux" else "spawn",
             worker_init_fn=_start_worker,
         )
 
@@ -328,17 +330,18 @@ class _Windows(Dataset):
     def _example(self, position: int, skipped: list[tuple[str, str]]) -> Example:
         place = self.order.at(position)
         store = self.stores[place.source]
-        key = store.key(place.number)
         try:
             size = self._size(position)
             example = self.prepare(store.read(place.number), Draw(position, place.epoch, self.config.seed))
         except (DataError, OSError) as error:
+            key = store.key(place.number)
             skipped.append((key, str(error)))
             return blank_example(self.pad_id, key, position)
         if size is not None and len(example.tokens) != size.length:
             raise DataError(
-                f"sample {key}: pack: expected the {size.length} tokens that its text and the size of its images told,"
-                f" found {len(example.tokens)}; if the images are others than the index says, run `vlm data index`"
+                f"sample {example.key}: pack: expected the {size.length} tokens that its text and the size of its"
+                f" images told, found {len(example.tokens)}; if the images are others than the index says,"
+                " run `vlm data index`"
             )
         return example
 

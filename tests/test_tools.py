@@ -55,3 +55,25 @@ def test_every_tool_has_a_line_in_the_readme():
     readme = (ROOT / "README.md").read_text()
     tools = [path.name for path in (ROOT / "tools").iterdir() if path.is_file() and not path.name.startswith("_")]
     assert [name for name in tools if name not in readme and name != "constraints.txt"] == []
+
+
+@pytest.mark.slow
+def test_the_reader_benchmark_marks_absent_peers_and_finds_our_resume_exact(tmp_path):
+    out = tmp_path / "bench_data.md"
+    small = ["--samples", "96", "--decoded", "64", "--batch", "8", "--workers", "0", "--repeats", "1"]
+    small += ["--decoded-repeats", "1", "--only", "webdataset", "--work", tmp_path / "work", "--out", out]
+    subprocess.run([sys.executable, "-m", "tools.bench_data", *small], cwd=ROOT, check=True, capture_output=True)
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in out.read_text().splitlines() if "|" in line
+    ]
+    speeds = {(row[0], row[2]): row[3] for row in rows if row[0] in ("raw", "decoded")}
+    for images in ("raw", "decoded"):
+        assert float(speeds[images, "ours"]) > 0 and float(speeds[images, "webdataset"]) > 0
+        assert speeds[images, "litdata"].startswith("not ") and speeds[images, "mosaicml-streaming"].startswith("not ")
+    can = {row[0]: row[1:] for row in rows if len(row) == 5}
+    for name in ("1 rank to 2", "2 ranks to 1", "2 workers to 3"):
+        assert can[f"resume: {name}"][:2] == ["exact", "nothing to save"]
+        assert can[f"resume of a mixture: {name}"][0] == "exact"
+    assert can["a destroyed image"][0] == "191 of 192 read, 1 counted as skipped"
+    assert can["a saved state over other data"][0] == "noticed on resuming (DataError)"
+    assert can["reads http"][0] == "192 of 192 samples"

@@ -18,6 +18,7 @@ from vlm.models.errors import ModelError
 from vlm.models.lora import adapters, is_adapter
 from vlm.models.program.artifact import AUTO, calibration_of
 from vlm.models.program.attach import check
+from vlm.models.program.budget import Budget
 from vlm.models.program.decode import Decoder, check_decoder
 from vlm.models.program.program import Edit, EditBlock, Gate, Prepare, Program, Rescore
 from vlm.models.program.schedule import TEXT
@@ -71,12 +72,25 @@ def _program(row: Comparison, facts: Facts, decoder: Decoder | None) -> Program:
     try:
         program = program_of(row, facts)
         check(program, facts)
+        _check_budget(row, facts)
         check_decoder(program, decoder)
     except ModelError as error:
         methods = [method for method in (row.prune, row.kv, *row.mitigate, row.decode) if method]
         where = next((method.where for method in methods if method.where), "")
         raise ModelError(f"{where or row.title}: {error}") from None
     return program
+
+
+def _check_budget(row: Comparison, facts: Facts) -> None:
+    """Refuse a number of tokens that no image has, where it is known. Raises ModelError."""
+    if row.prune is None or facts.visual is None:
+        return
+    budget = getattr(create("prune", row.prune), "keep", None)
+    if not isinstance(budget, Budget) or budget.tokens is None or budget.meaning in ("flops", "kv_bytes"):
+        return
+    if budget.tokens > facts.visual:
+        expected = f"at most the {facts.visual} visual tokens of an image"
+        raise ModelError(f"{row.prune.use}: keep: expected {expected}; found {budget.tokens}")
 
 
 def plan(recipe: Recipe, gpu: str | None = None) -> str:

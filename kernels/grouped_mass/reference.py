@@ -42,7 +42,10 @@ def grouped_mass_reference(x: Operands, grouping: Grouping) -> tuple[Tensor, Ten
 def grouped_mass_torch(x: Operands, grouping: Grouping) -> tuple[Tensor, Tensor, Tensor]:
     """The reference a few rows at a time, recomputed in the backward: chunk x keys of memory, never rows x keys."""
     if x.q.shape[2] == 1 and _is_plain(x, grouping) and not torch.is_grad_enabled():
-        return _one_row(x, grouping)
+        assert x.v is not None
+        groups, valid = (grouping.group_ids, grouping.rule, grouping.row_sel), x.seen.key_valid
+        out, mass = one_row(x.q, x.k, x.v, *groups, valid, x.scale)
+        return out, mass, mass.new_empty(0)
     out, mass, lse = in_row_chunks(lambda rows: _some_rows(x, grouping, rows), x.q.shape[2])
     return out, mass, lse
 
@@ -54,19 +57,28 @@ def _is_plain(x: Operands, grouping: Grouping) -> bool:
     return all(limit is None for limit in limits) and not (grouping.maps_scores or grouping.lse)
 
 
-def _one_row(x: Operands, grouping: Grouping) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for a decoding step in as few operations as there are; nothing in the place of log-sum-exps."""
-    assert x.v is not None
-    scores = scores_of(x.q, x.k, x.scale)[:, :, 0]  # [B,H,K]
-    if x.seen.key_valid is None:
-        weights = scores.softmax(-1)
+def one_row(
+    q: Float[Tensor, "batch heads 1 dim"],
+    k: Float[Tensor, "batch kv_heads keys dim"],
+    v: Float[Tensor, "batch kv_heads keys value_dim"],
+    group_ids: Int[Tensor, "batch one_or_heads keys"],
+    rule: Rule,
+    row_sel: Bool[Tensor, "batch 1"],
+    key_valid: Bool[Tensor, "batch keys"] | None,
+    scale: float,
+) -> tuple[Float[Tensor, "batch heads 1 value_dim"], Float[Tensor, "batch heads 1 groups"]]:
+    """Output and masses of a row that sees all valid keys, in as few operations as there are and without any check: at
+    a decoding step both cost as much as the row itself."""
+    weights = scores_of(q, k, scale)[:, :, 0]  # [B,H,K]
+    if key_valid is None:
+        weights = weights.softmax(-1)
     else:
-        hidden = ~x.seen.key_valid[:, None]  # [B,1,K]; zeros for a row that sees nothing
-        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1).masked_fill(hidden, 0)
-    ids = grouping.group_ids.long().expand_as(weights)
-    mass = weights.new_zeros(*weights.shape[:2], grouping.rule.groups).scatter_add(2, ids, weights)[:, :, None]
-    weights = weights * grouping.coefficient(mass)[:, :, 0].gather(2, ids)
-    return mixed(weights[:, :, None], x.v), mass, mass.new_empty(0)
+        hidden = ~key_valid[:, None]  # [B,1,K]; zeros for a row that sees nothing
+        weights = weights.masked_fill(hidden, float("-inf")).softmax(-1).masked_fill(hidden, 0)
+    ids = group_ids.long().expand_as(weights)
+    mass = weights.new_zeros(*weights.shape[:2], rule.groups).scatter_add_(2, ids, weights)[:, :, None]
+    weights = weights * rule(mass, row_sel)[:, :, 0].gather(2, ids)
+    return mixed(weights[:, :, None], v), mass
 
 
 def _some_rows(x: Operands, grouping: Grouping, rows: slice) -> tuple[Tensor, Tensor, Tensor]:

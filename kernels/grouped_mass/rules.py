@@ -9,7 +9,7 @@ every other one runs between the two passes of :mod:`vlm.kernels.grouped_mass.tw
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
@@ -51,15 +51,19 @@ class Static:
     """The same coefficients in every selected row: amplify or silence groups after the softmax.
 
     ``gains`` is [groups] or, for gains that differ by head, [heads, groups]. With ``renormalise`` the weights of a
-    row sum to one again, which equals adding log gain to the scores of the group (ZeroTuning, ICLR 2026).
+    row sum to one again, which equals adding log gain to the scores of the group (ZeroTuning, ICLR 2026); adds_logs:
+    that form may be used, as no group is silenced and gains are not learned.
     """
 
     gains: Tensor
     renormalise: bool = False
+    adds_logs: bool = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.gains.ndim not in (1, 2):
             raise ValueError(f"Static: gains must be [groups] or [heads, groups]; found {tuple(self.gains.shape)}")
+        logs = self.renormalise and not self.gains.requires_grad and bool((self.gains > 0).all())
+        object.__setattr__(self, "adds_logs", logs)  # now: at a decoding step looking would wait for the device
 
     @staticmethod
     def of(gains: Sequence[float] | Sequence[Sequence[float]], renormalise: bool = False) -> "Static":

@@ -13,6 +13,8 @@ from torch.utils.hooks import RemovableHandle
 
 from vlm.kernels.few_rows import mixed, scores_of
 from vlm.kernels.grouped_mass import grouped_mass_attention
+from vlm.kernels.grouped_mass.reference import one_row
+from vlm.kernels.grouped_mass.rules import Static
 from vlm.kernels.visibility import Common
 from vlm.models.errors import ModelError
 from vlm.models.program.layout import Layout
@@ -90,18 +92,16 @@ def regrouped(
 
 
 class Reach(NamedTuple):
-    """The samples whose generated tokens an op reweighs. chosen: None when it is all of them."""
+    """The samples whose generated tokens an op reweighs, and whether there are any."""
 
-    chosen: Bool[Tensor, "batch 1"] | None
+    rows: Bool[Tensor, "batch 1"]
     any: bool
 
     @classmethod
     def of(cls, op: Regroup, layout: Layout) -> "Reach":
-        """Looked up once for an answer, as looking waits for the device. It holds of any rows of the batch: where there
-        are fewer, some may be marked for nothing."""
-        chosen = layout.visual.any(1, keepdim=True)
-        every = op.everywhere or bool(chosen.all())
-        return cls(None if every else chosen, every or bool(chosen.any()))
+        """Looked up once for an answer, as looking waits for the device."""
+        rows = layout.visual.any(1, keepdim=True) | op.everywhere
+        return cls(rows, op.everywhere or bool(rows.any()))
 
 
 def only_row(
@@ -115,14 +115,38 @@ def only_row(
 ) -> Float[Tensor, "batch 1 heads dim"] | None:
     """The attention of a generated token under ``op``, computed once and not over plain attention; None where plain
     attention is all there is to do."""
+    valid, scale = common.get("key_valid"), common.get("scale")
     if isinstance(op, Rescore):
-        return rescored(op, q, k, v, keys, common.get("scale"), common.get("key_valid") is not None)[0][:, None]
+        return rescored(op, q, k, v, keys, scale, valid is not None)[0][:, None]
     reach: Reach = keys.lasting((Reach, op.everywhere), lambda: Reach.of(op, keys.layout))
     if not reach.any:
         return None
+    rule, chooses = op.rule, impl == "auto" and not torch.is_grad_enabled()
+    if chooses and isinstance(rule, Static) and rule.adds_logs:
+        logs = keys.grown((op.groups, rule), lambda: log_gains(rule, op.groups(keys), reach.rows, q.dtype))
+        same = Rescore(scores=lambda scores, keys: scores + logs)
+        return rescored(same, q, k, v, keys, scale, valid is not None)[0][:, None]
     groups = keys.grown(op.groups, lambda: op.groups(keys))
-    out, _ = grouped_mass_attention(q, k, v, groups, rule=op.rule, row_sel=reach.chosen, impl=impl, **common)
+    if chooses and q.device.type == "cpu":  # what it chooses there
+        ids, scale = groups if groups.ndim == 3 else groups[:, None], q.shape[3] ** -0.5 if scale is None else scale
+        out, _ = one_row(q, k, v, ids, rule, reach.rows, valid, scale)
+    else:
+        out, _ = grouped_mass_attention(q, k, v, groups, rule=rule, row_sel=reach.rows, impl=impl, **common)
     return out.transpose(1, 2)
+
+
+def log_gains(
+    rule: Static,
+    groups: Int[Tensor, "batch keys"] | Int[Tensor, "batch heads keys"],
+    rows: Bool[Tensor, "batch 1"],
+    dtype: torch.dtype,
+) -> Float[Tensor, "batch one_or_heads keys"]:
+    """What renormalised gains add to the scores of each key in the samples of ``rows``."""
+    logs = rule.gains.to(groups.device, torch.promote_types(dtype, torch.float32)).log()
+    ids = groups if groups.ndim == 3 else groups[:, None]
+    shape = (len(ids), max(ids.shape[1], logs.shape[0] if logs.ndim == 2 else 1))
+    of_key = logs.expand(*shape, rule.groups).gather(2, ids.expand(*shape, -1))  # [B,1 or H,K]
+    return torch.where(rows[:, :, None], of_key, 0.0)
 
 
 def put_row(

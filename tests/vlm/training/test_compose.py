@@ -15,6 +15,7 @@ from vlm.data.store import Store
 from vlm.evaluation.answer import Asker, Prompt
 from vlm.models.backbones.fused import Fused
 from vlm.models.connectors.resampler import Resampler
+from vlm.models.errors import ModelError
 from vlm.models.program.attach import attach
 from vlm.packing import packing_of
 from vlm.plan import plan
@@ -63,6 +64,14 @@ def test_a_plan_shows_the_most_tokens(recipe: Path):
     assert "Per image 80 visual tokens before any cut at most: the whole image and as many tiles" in text
     assert "8 x 2" in text
     assert "Per image 36 visual tokens before any cut; " in plan(load_recipe(recipe))
+
+
+def test_a_budget_of_more_tokens_than_an_image_has_is_refused(recipe: Path):
+    assert plan(load_recipe(recipe, ("prune={use: divprune, keep: 36}",)))
+    assert plan(load_recipe(recipe, (TILED, "model.vision.image=32", "prune={use: divprune, keep: 81}")))  # it depends
+    for keep in ("37", "{after_layer: 37}"):
+        with pytest.raises(ModelError, match="keep: expected at most the 36 visual tokens of an image; found 37"):
+            plan(load_recipe(recipe, (f"prune={{use: fastv, layer: 1, keep: {keep}}}",)))
 
 
 @pytest.mark.parametrize(
