@@ -53,7 +53,9 @@ def _wandb(recipe: Recipe, folder: Path, stage: str, done: int) -> Log:
 
     # One run of W&B per run folder and identity, which a resumed run goes on with.
     name = f"{recipe.name}-{recipe.identity_hash()[:8]}"
-    run = wandb.init(dir=str(folder), project="vlm", name=name, id=name, resume="allow", config=recipe.plain())
+    run = wandb.run  # of the stage before
+    if run is None or run.id != name:
+        run = wandb.init(dir=str(folder), project="vlm", name=name, id=name, resume="allow", config=recipe.plain())
 
     def log(step: int, entry: dict[str, Any]) -> None:
         run.log({f"{stage}/{key}": value for key, value in numbers(entry).items()} | {f"{stage}/step": step})
