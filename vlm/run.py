@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ from vlm.report.findings import find
 from vlm.report.read import read_run
 from vlm.report.records import Chair, Evaluation, Other, YesNo
 from vlm.training.launch import OUTSIDE_RANKS, is_first_rank
+from vlm.training.ranks import gather, known, meet, share
 from vlm.training.train import train
 from vlm.training.weights import find_weights, trained_weights
 
@@ -26,7 +28,7 @@ PARTS = ("data", "train", "evaluate", "report")
 
 
 def run(recipe: Recipe, parts: Sequence[str] = PARTS) -> None:
-    """Do the named parts of a recipe, in order; with several processes all train, the first does the rest.
+    """Do the named parts of a recipe, in order; with several processes all train and answer, the first does the rest.
 
     A recipe with ``run.weights`` is evaluated and reported, with the weights of the run that it names; so is one
     without stages, with those of its checkpoint.
@@ -90,15 +92,24 @@ def _train_and_evaluate(recipe: Recipe, folder: Path, parts: Sequence[str]) -> N
     programs_of(recipe, model.facts)  # a program that does not fit is refused before hours of training
     if "train" in parts:
         train(recipe, model, tokenizer, watchers_of(recipe, model, tokenizer))
-    if "evaluate" in parts and is_first_rank():
-        weights = trained_weights(recipe, model)
+    if "evaluate" in parts:
+        meet()
+        if is_first_rank() or known():
+            _evaluate(recipe, folder, model, tokenizer)
+
+
+def _evaluate(recipe: Recipe, folder: Path, model: Any, tokenizer: Any) -> None:
+    gather(None)  # the first rank has written the last checkpoint
+    weights, first = trained_weights(recipe, model), is_first_rank()
+    model = for_evaluation(recipe, model)
+    if first:
         if recipe.run.weights is not None or not recipe.stages:  # the folder of a run that trains has it from there
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "recipe.yaml").write_text(recipe.to_yaml())
         print(f"Evaluating {weights}")  # the newest checkpoint, be it of a run that is not done yet
-        model = for_evaluation(recipe, model)
-        calibrate_missing(recipe, model, tokenizer)
-        evaluate(recipe, model, tokenizer, weights)
+    share(lambda: calibrate_missing(recipe, model, tokenizer) if first else None)
+    evaluate(recipe, model, tokenizer, weights)
+    if first:
         print("\n".join(found(folder)))
 
 

@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from itertools import count
+from itertools import count, groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from vlm.models.program.decode import Decoder, generate
 from vlm.models.vision_language import Inputs
 from vlm.processed import ProcessorEncoder
 from vlm.training.loss import inputs_of
+from vlm.training.ranks import rank_and_world, share
 
 IMAGE_CACHE_BYTES = 256 * 2**20
 
@@ -57,6 +58,9 @@ class Asker:
         encoder: of the recipe's model; it also makes the pixels.
         batch: prompts that are answered together.
         decoder: how tokens are chosen; None is greedily.
+
+    shared: whether all ranks of a launch ask, and each answers every so many batches; the batches are those of one
+    process, so the answers are too.
     """
 
     def __init__(
@@ -68,7 +72,7 @@ class Asker:
         batch: int,
         decoder: Decoder | None = None,
     ) -> None:
-        self.decoder = decoder
+        self.decoder, self.shared = decoder, False
         self.model, self.tokenizer, self.encoder, self.read, self.batch = model, tokenizer, encoder, read, batch
         self._seen: OrderedDict[str, Views] = OrderedDict()
         self._bytes = 0
@@ -111,17 +115,35 @@ class Asker:
 
     def __call__(self, prompts: Sequence[Prompt], tick: Callable[[int], None]) -> dict[Prompt, str]:
         """The answer to each different prompt, ``tick(n)`` after every n prompts."""
-        # One limit per batch, and rows of like length together: less padding.
-        order = sorted(set(prompts), key=lambda p: (p.max_new_tokens, len(p.images), len(p.text), p.text, p.images))
+        batches = self.batches(prompts)
+        if not self.shared:
+            return self._answers(batches, 0, 1, tick)
+        rank, world = rank_and_world()
+        parts = share(lambda: self._answers(batches, rank, world, tick))
+        return {prompt: answer for part in parts for prompt, answer in part.items()}
+
+    def _answers(
+        self, batches: Sequence[Sequence[Prompt]], rank: int, world: int, tick: Callable[[int], None]
+    ) -> dict[Prompt, str]:
+        """Of every ``world`` batches that of number ``rank`` answered; ``tick`` counts all of them."""
         answers: dict[Prompt, str] = {}
-        while order:
-            limit = order[0].max_new_tokens
-            chosen = [prompt for prompt in order[: self.batch] if prompt.max_new_tokens == limit]
-            order = order[len(chosen) :]
-            texts = self.tokenizer.batch_decode(self.generate(chosen), skip_special_tokens=True)
-            answers |= dict(zip(chosen, (text.strip() for text in texts), strict=True))
-            tick(len(chosen))
+        for first in range(0, len(batches), world):
+            turn = batches[first : first + world]
+            if rank < len(turn):
+                answers |= zip(turn[rank], self.answer(turn[rank]), strict=True)
+            tick(sum(map(len, turn)))
         return answers
+
+    def batches(self, prompts: Sequence[Prompt]) -> list[list[Prompt]]:
+        """The different prompts in batches of one limit, rows of like length together: less padding."""
+        order = sorted(set(prompts), key=lambda p: (p.max_new_tokens, len(p.images), len(p.text), p.text, p.images))
+        limits = [list(group) for _, group in groupby(order, lambda prompt: prompt.max_new_tokens)]
+        return [group[n : n + self.batch] for group in limits for n in range(0, len(group), self.batch)]
+
+    def answer(self, prompts: Sequence[Prompt]) -> list[str]:
+        """The answers to one batch."""
+        texts = self.tokenizer.batch_decode(self.generate(prompts), skip_special_tokens=True)
+        return [text.strip() for text in texts]
 
     def generate(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """The tokens that answer each prompt of one batch, which have one limit."""

@@ -1,6 +1,6 @@
 """A trained head asked for classes: what a benchmark that judges an encoder alone calls answers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,15 +62,9 @@ class ClassAsker(Asker):
         self.objective.to(next(self.model.parameters()).device).eval()
 
     @torch.inference_mode()
-    def __call__(self, prompts: Sequence[Prompt], tick: Callable[[int], None]) -> dict[Prompt, str]:
-        """The answer to each different prompt, ``tick(n)`` after every n prompts."""
-        order = sorted(set(prompts))
-        device, answers = next(self.model.parameters()).device, {}
-        for first in range(0, len(order), self.batch):
-            chosen = order[first : first + self.batch]
-            pixels = torch.stack([self._image(prompt.images[0]).pixels[0] for prompt in chosen]).to(device)
-            best = self.objective.logits(self.model, pixels).topk(min(BEST, len(self.objective.tags)), 1).indices
-            for prompt, places in zip(chosen, best.tolist(), strict=True):
-                answers[prompt] = "\n".join(self.objective.tags[place] for place in places)
-            tick(len(chosen))
-        return answers
+    def answer(self, prompts: Sequence[Prompt]) -> list[str]:
+        """The answers to one batch."""
+        device = next(self.model.parameters()).device
+        pixels = torch.stack([self._image(prompt.images[0]).pixels[0] for prompt in prompts]).to(device)
+        best = self.objective.logits(self.model, pixels).topk(min(BEST, len(self.objective.tags)), 1).indices
+        return ["\n".join(self.objective.tags[place] for place in places) for places in best.tolist()]

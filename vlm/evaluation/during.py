@@ -40,8 +40,8 @@ class During(Callback):
     """Writes a line of evaluations.jsonl after every ``every`` steps and after the last one of a stage.
 
     The recipe's own pruner, cache policy and mitigators act, at their final budget. It leaves no trace in what is
-    learned: a step draws its random numbers from its place in the order, and modes and programs are put back. The
-    first rank asks and the others wait; where weights are sharded all ranks ask the same.
+    learned: a step draws its random numbers from its place in the order, and modes and programs are put back. Ranks
+    share the questions; where weights are sharded all ask the same, as they gather them together.
     """
 
     def __init__(self, recipe: Recipe, stage: int, steps: int, benches: list[Bench]) -> None:
@@ -59,15 +59,13 @@ class During(Callback):
             return
         begun = time.perf_counter()
         sharded = any(isinstance(parameter, DTensor) for parameter in pl_module.model.parameters())
-        if sharded or trainer.is_global_zero:
-            metrics = self._judge(pl_module)
-            place = {"stage": self.stage, "name": self.name, "step": batch.step, "steps": self.steps}
-            if trainer.is_global_zero:
-                append_line(self.path, {**place, "seconds": time.perf_counter() - begun, "metrics": metrics})
-        trainer.strategy.barrier("evaluate.during")
+        metrics = self._judge(pl_module, shared=not sharded)
+        place = {"stage": self.stage, "name": self.name, "step": batch.step, "steps": self.steps}
+        if trainer.is_global_zero:
+            append_line(self.path, {**place, "seconds": time.perf_counter() - begun, "metrics": metrics})
 
     @torch.no_grad()
-    def _judge(self, module: Any) -> dict[str, Any]:
+    def _judge(self, module: Any, shared: bool) -> dict[str, Any]:
         model, metrics = module.model, {}
         modes = [(part, part.training) for part in model.modules()]
         module.detach()  # the program of training; the next step attaches its own again
@@ -76,6 +74,7 @@ class During(Callback):
             with attach(model, program_of(self.row, model.facts)):
                 for bench in self.benches:
                     bench.ask.model = model  # where weights are sharded it is not the one that was built
+                    bench.ask.shared = shared
                     metrics |= bench.named(bench.benchmark.score(bench.answer(lambda count: None)))
         finally:
             for part, mode in modes:

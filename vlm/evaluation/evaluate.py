@@ -25,6 +25,7 @@ from vlm.models.program.program import Program
 from vlm.progress import Progress
 from vlm.recipe import Recipe, RecipeError
 from vlm.recipe.schema import Comparison
+from vlm.training.ranks import rank_and_world, total
 from vlm.versions import versions
 
 TIMED = 16  # prompts of a batch whose prefill and tokens are timed
@@ -81,6 +82,7 @@ class Bench:
 def evaluate(recipe: Recipe, model: BaseVlm, tokenizer: PreTrainedTokenizerBase, weights: Path) -> Path:
     """Run the recipe's evaluation; writes evaluation.json and pictures.json into the run's folder.
 
+    Ranks that know each other share the questions; times, pictures and files are the first one's.
     weights: where the model's weights come from, for the protocol. Returns the path of evaluation.json.
     """
     model.eval()
@@ -90,7 +92,10 @@ def evaluate(recipe: Recipe, model: BaseVlm, tokenizer: PreTrainedTokenizerBase,
     benches = [Bench(recipe, label, model, tokenizer, weights) for label in recipe.evaluate.benchmarks]
     asked = [bench for bench in benches if not bench.by_head]  # of the language model
     total = len(rows) * sum(bench.different for bench in benches)
-    progress, done = Progress("evaluate", total), 0
+    rank, _ = rank_and_world()
+    progress, done = Progress("evaluate", total, quiet=rank > 0), 0
+    for bench in benches:
+        bench.ask.shared = True
 
     def tick(count: int) -> None:
         nonlocal done
@@ -109,6 +114,11 @@ def evaluate(recipe: Recipe, model: BaseVlm, tokenizer: PreTrainedTokenizerBase,
         results.append(result)
         if row.is_plain:
             plain = plain or answers
+    path = folder / "evaluation.json"
+    if rank > 0:
+        return path
+    for bench in benches:
+        bench.ask.shared = False
     if asked:
         _time(results, model, asked[0], programs, decoders)
     facts = {
@@ -119,7 +129,6 @@ def evaluate(recipe: Recipe, model: BaseVlm, tokenizer: PreTrainedTokenizerBase,
         "versions": versions(),
         "results": results,
     }
-    path = folder / "evaluation.json"
     path.write_text(json.dumps(facts, indent=1))
     pictures = draw_pictures(recipe, rows, asked, model)
     (folder / "pictures.json").write_text(json.dumps(pictures))
@@ -157,7 +166,8 @@ def _evaluate_row(
     answers = {bench.label: bench.answer(tick) for bench in benches}
     cost: dict[str, Any] = {"seconds": time.perf_counter() - begun}
     if model.engine is not None and model.engine.asked:  # a guide was asked first; the model ran for the others only
-        cost["early_exit_share"] = model.engine.answered / model.engine.asked
+        answered, prompts = total([model.engine.answered, model.engine.asked])
+        cost["early_exit_share"] = answered / prompts
     if asked := [bench for bench in benches if not bench.by_head]:
         cost |= prompt_cost(model, asked[0].batch())
     metrics: dict[str, Any] = {}

@@ -17,10 +17,11 @@ from vlm.data.stream import MicroBatch, step_ids
 from vlm.devices import by_driver
 from vlm.progress import Progress
 from vlm.training.checkpoints import Files, newest
-from vlm.training.datamodule import StageData, gather
+from vlm.training.datamodule import StageData
 from vlm.training.errors import TrainingError
 from vlm.training.flops import FlopMeter
 from vlm.training.loss import Loss
+from vlm.training.ranks import gather
 
 
 def keep_lines_before(path: Path, stage: int, step: int) -> None:

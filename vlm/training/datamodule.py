@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch.distributed as dist
 from lightning.pytorch import LightningDataModule
 
 from vlm.data.batch import Batch, Example
@@ -17,6 +16,7 @@ from vlm.data.draw import Draw
 from vlm.data.schema import Sample
 from vlm.data.store import Store
 from vlm.data.stream import BadSamplePolicy, MicroBatch, Packing, SampleStream, StreamConfig, merge_states
+from vlm.training.ranks import gather
 
 
 class StageData(LightningDataModule):
@@ -92,12 +92,3 @@ class SizedStream:
 
     def __iter__(self) -> Iterator[MicroBatch]:
         return iter(self.stream)
-
-
-def gather(value: Any) -> list[Any]:
-    """``value`` of every rank, in rank order, on every rank."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values

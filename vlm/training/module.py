@@ -18,11 +18,10 @@ from vlm.models.program.attach import attach
 from vlm.models.program.budget import Budget
 from vlm.recipe.schema import KeepSchedule, Schedule, Stage
 from vlm.training.auxiliary import added, noting
-from vlm.training.datamodule import gather
 from vlm.training.errors import TrainingError
 from vlm.training.loss import Loss
 from vlm.training.memory import recompute_frozen
-from vlm.training.ranks import total
+from vlm.training.ranks import gather, total
 from vlm.training.sharding import Sharded, gathered, local
 from vlm.training.zero import Zero
 

@@ -23,8 +23,8 @@ from vlm.data.pairs import PairEncoder
 from vlm.data.store import Store
 from vlm.models.program.attach import attach
 from vlm.progress import Progress
-from vlm.training.datamodule import gather
 from vlm.training.errors import TrainingError
+from vlm.training.ranks import gather
 
 NAME = "reference-stage{}.safetensors"
 

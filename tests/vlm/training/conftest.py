@@ -158,15 +158,16 @@ def fork_server() -> Any:
 
 @pytest.fixture
 def ranks(recipe: Path, tmp_path: Path, fork_server: Any) -> Iterator[Ranks]:
-    """``ranks(2, "seed=4", to="name", change="...")`` starts that many gloo processes of ``vlm train``.
+    """``ranks(2, "seed=4", to="name", change="...")`` starts that many gloo processes of ``vlm train``, or of another
+    ``command``.
 
     They are started as a cluster would: one process per rank, told by environment variables.
     """
     started: list[Processes] = []
 
-    def call(world: int, *overrides: str, to: str = "run", change: str = "") -> Processes:
+    def call(world: int, *overrides: str, to: str = "run", change: str = "", command: str = "train") -> Processes:
         devices = [f"run.devices={world}", f"run.parallel={'ddp' if world > 1 else 'single'}"]
-        arguments = ["train", str(recipe), *devices, *overrides, f"run.dir={tmp_path / to}"]
+        arguments = [command, str(recipe), *devices, *overrides, f"run.dir={tmp_path / to}"]
         common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         logs = [tmp_path / f"{to}-rank{rank}.log" for rank in range(world)]
         processes = []
