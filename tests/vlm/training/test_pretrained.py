@@ -321,8 +321,8 @@ def test_a_pruner_inside_the_encoder_of_qwen_is_planned_trained_and_judged(
          "cdpruner: relevance: clip: expected a vision encoder of CLIP, of model_type clip_vision_model; "
          "found 'siglip_vision_model'; use relevance: language instead"),
         ("qwen2_5_vl", "prune={use: cdpruner, keep: 50%, relevance: clip, text: some/clip}",
-         "cdpruner: relevance: expected a patch behind each visual token; qwen2_5_vl encodes and projects images in "
-         "one step of Transformers; use relevance: language instead"),
+         "cdpruner: relevance: expected a patch behind each visual token; this vision encoder hands over groups of "
+         "patches; use relevance: language instead"),
         ("llava", "prune={use: hired, keep: 9, debias: {padding: 0.5}}",
          "vit.out: padding: expected a composed model, whose pictures are padded here"),
         ("llava", "prune={use: fastv, keep: 9, layer: 1, debias: {padding: 0.5}}",
