@@ -58,9 +58,6 @@ class Asker:
         encoder: of the recipe's model; it also makes the pixels.
         batch: prompts that are answered together.
         decoder: how tokens are chosen; None is greedily.
-
-    shared: whether all ranks of a launch ask, and each answers every so many batches; the batches are those of one
-    process, so the answers are too.
     """
 
     def __init__(
@@ -72,7 +69,7 @@ class Asker:
         batch: int,
         decoder: Decoder | None = None,
     ) -> None:
-        self.decoder, self.shared = decoder, False
+        self.decoder = decoder
         self.model, self.tokenizer, self.encoder, self.read, self.batch = model, tokenizer, encoder, read, batch
         self._seen: OrderedDict[str, Views] = OrderedDict()
         self._bytes = 0
@@ -113,10 +110,16 @@ class Asker:
             examples.append(Example(prompt.name, tokens, [0.0] * len(tokens), pixels, (), 0, tiles))
         return inputs_of(collate(examples, pad_id(self.tokenizer)).to(device))
 
-    def __call__(self, prompts: Sequence[Prompt], tick: Callable[[int], None]) -> dict[Prompt, str]:
-        """The answer to each different prompt, ``tick(n)`` after every n prompts."""
+    def __call__(
+        self, prompts: Sequence[Prompt], tick: Callable[[int], None], shared: bool = False
+    ) -> dict[Prompt, str]:
+        """The answer to each different prompt, ``tick(n)`` after every n prompts.
+
+        shared: all ranks of a launch ask, and each answers every so many batches; the batches are those of one process,
+        so the answers are too.
+        """
         batches = self.batches(prompts)
-        if not self.shared:
+        if not shared:
             return self._answers(batches, 0, 1, tick)
         rank, world = rank_and_world()
         parts = share(lambda: self._answers(batches, rank, world, tick))

@@ -74,8 +74,7 @@ class During(Callback):
             with attach(model, program_of(self.row, model.facts)):
                 for bench in self.benches:
                     bench.ask.model = model  # where weights are sharded it is not the one that was built
-                    bench.ask.shared = shared
-                    metrics |= bench.named(bench.benchmark.score(bench.answer(lambda count: None)))
+                    metrics |= bench.named(bench.benchmark.score(bench.answer(lambda count: None, shared)))
         finally:
             for part, mode in modes:
                 part.training = mode

@@ -70,9 +70,9 @@ class Bench:
         """The first questions as one batch."""
         return self.ask.inputs(self.prompts[: self.ask.batch])
 
-    def answer(self, tick: Any) -> dict[str, str]:
-        """The answers of the model as it is now, by question id."""
-        answers = self.ask(self.prompts, tick)
+    def answer(self, tick: Any, shared: bool = True) -> dict[str, str]:
+        """The answers of the model as it is now, by question id; ``shared``: each rank finds some of them."""
+        answers = self.ask(self.prompts, tick, shared)
         return {q.id: answers[prompt] for q, prompt in zip(self.questions, self.prompts, strict=True)}
 
     def named(self, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,8 +94,6 @@ def evaluate(recipe: Recipe, model: BaseVlm, tokenizer: PreTrainedTokenizerBase,
     total = len(rows) * sum(bench.different for bench in benches)
     rank, _ = rank_and_world()
     progress, done = Progress("evaluate", total, quiet=rank > 0), 0
-    for bench in benches:
-        bench.ask.shared = True
 
     def tick(count: int) -> None:
         nonlocal done
@@ -117,8 +115,6 @@ def evaluate(recipe: Recipe, model: BaseVlm, tokenizer: PreTrainedTokenizerBase,
     path = folder / "evaluation.json"
     if rank > 0:
         return path
-    for bench in benches:
-        bench.ask.shared = False
     if asked:
         _time(results, model, asked[0], programs, decoders)
     facts = {
