@@ -127,6 +127,20 @@ class Columns:
         return item(sample["key"], sample["image"], sample["json"], self.decode)
 
 
+class StockLoader:
+    """An epoch of one rank by a stock loader; what such a loader leaves out it does not tell, so nothing is skipped."""
+
+    def __init__(self, loader: Any):
+        self.loader, self.skipped = loader, 0
+
+    def __iter__(self) -> Iterator[Payload]:
+        return iter(self.loader)
+
+    def state(self) -> dict[str, Any] | None:
+        """What the loader saves of its place; None where it has nothing to save."""
+        return self.loader.state_dict() if hasattr(self.loader, "state_dict") else None
+
+
 def shard_samples(shards: Path) -> Iterator[dict[str, Any]]:
     """Every sample of a folder of shards as (key, image, json), in order, for converting."""
     webdataset = import_module("webdataset")  # its stubs name none of this

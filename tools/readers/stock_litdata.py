@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib import import_module  # not a dependency, so a type checker does not find it
 from pathlib import Path
 from typing import Any
 
-from tools.readers.common import Columns, Job, Payload, shard_samples, together
+from tools.readers.common import Columns, Job, StockLoader, shard_samples, together
 
 name = "litdata"
 package = "litdata"
 shuffle = "chunks, and samples inside a chunk in blocks of 256"
 CHUNK = "64MB"  # its documented choice
-
-
-class LitLoader:
-    """An epoch of one rank."""
-
-    def __init__(self, loader: Any):
-        self.loader, self.skipped = loader, 0
-
-    def __iter__(self) -> Iterator[Payload]:
-        return iter(self.loader)
-
-    def state(self) -> dict[str, Any] | None:
-        return self.loader.state_dict()
 
 
 def convert(shards: Path, folder: Path, per_file: int) -> Path:
@@ -38,7 +25,7 @@ def convert(shards: Path, folder: Path, per_file: int) -> Path:
 
 def loader(
     sources: Sequence[Path | str], weights: Sequence[float], job: Job, state: dict[str, Any] | None = None
-) -> LitLoader:
+) -> StockLoader:
     litdata = import_module("litdata")
     datasets = [
         litdata.StreamingDataset(
@@ -53,10 +40,10 @@ def loader(
     made = litdata.StreamingDataLoader(dataset, batch_size=job.batch, num_workers=job.workers, collate_fn=together)
     if state is not None:
         made.load_state_dict(state)
-    return LitLoader(made)
+    return StockLoader(made)
 
 
-def remote(base: str, files: Sequence[str], copy: Path, job: Job) -> LitLoader:
+def remote(base: str, files: Sequence[str], copy: Path, job: Job) -> StockLoader:
     return loader([base], [1.0], job)
 
 

@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib import import_module  # not a dependency, so a type checker does not find it
 from pathlib import Path
 from typing import Any
 
-from tools.readers.common import Columns, Job, Payload, shard_samples, together
+from tools.readers.common import Columns, Job, StockLoader, shard_samples, together
 
 name = "mosaicml-streaming"
 package = "mosaicml-streaming"
 shuffle = "shards, and samples in blocks of its py1e (its default)"
 SHARD_BYTES = 1 << 26  # its default
-
-
-class MosaicLoader:
-    """An epoch of one rank."""
-
-    def __init__(self, loader: Any):
-        self.loader, self.skipped = loader, 0
-
-    def __iter__(self) -> Iterator[Payload]:
-        return iter(self.loader)
-
-    def state(self) -> dict[str, Any] | None:
-        return self.loader.state_dict()
 
 
 def convert(shards: Path, folder: Path, per_file: int) -> Path:
@@ -44,7 +31,7 @@ def convert(shards: Path, folder: Path, per_file: int) -> Path:
 
 def loader(
     sources: Sequence[Path], weights: Sequence[float], job: Job, state: dict[str, Any] | None = None
-) -> MosaicLoader:
+) -> StockLoader:
     if len(sources) == 1:
         return _open(job, state, local=str(sources[0]))
     stream = import_module("streaming").Stream
@@ -53,7 +40,7 @@ def loader(
     return _open(job, state, streams=streams)
 
 
-def remote(base: str, files: Sequence[str], copy: Path, job: Job) -> MosaicLoader:
+def remote(base: str, files: Sequence[str], copy: Path, job: Job) -> StockLoader:
     """Hashes of what is fetched are checked."""
     return _open(job, None, remote=base, local=str(copy), validate_hash="sha1")
 
@@ -62,7 +49,7 @@ def merged(states: Sequence[Any]) -> dict[str, Any]:
     return states[0]
 
 
-def _open(job: Job, state: dict[str, Any] | None, **where: Any) -> MosaicLoader:
+def _open(job: Job, state: dict[str, Any] | None, **where: Any) -> StockLoader:
     streaming = import_module("streaming")
     unpack = Columns(job.decode)
 
@@ -76,4 +63,4 @@ def _open(job: Job, state: dict[str, Any] | None, **where: Any) -> MosaicLoader:
     )
     if state is not None:
         made.load_state_dict(state)
-    return MosaicLoader(made)
+    return StockLoader(made)

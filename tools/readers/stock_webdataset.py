@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from tools.readers.common import SHUFFLE_BUFFER, Item, Job, Payload, item, together
+from tools.readers.common import SHUFFLE_BUFFER, Item, Job, StockLoader, item, together
 
 name = "webdataset"
 package = "webdataset"
@@ -26,26 +26,13 @@ class _Members:
         return item(sample["__key__"], image, sample["json"], self.decode)
 
 
-class WebLoader:
-    """An epoch; what its handler leaves out is not told, so it counts as nothing skipped."""
-
-    def __init__(self, loader: Any):
-        self.loader, self.skipped = loader, 0
-
-    def __iter__(self) -> Iterator[Payload]:
-        return iter(self.loader)
-
-    def state(self) -> dict[str, Any] | None:
-        return self.loader.state_dict() if hasattr(self.loader, "state_dict") else None
-
-
 def convert(shards: Path, folder: Path, per_file: int) -> Path:
     return shards
 
 
 def loader(
     sources: Sequence[Path | list[str]], weights: Sequence[float], job: Job, state: dict[str, Any] | None = None
-) -> WebLoader:
+) -> StockLoader:
     webdataset = import_module("webdataset")  # its stubs name none of this
 
     def pipeline(source: Path | list[str]) -> Any:
@@ -60,10 +47,10 @@ def loader(
     else:
         mixed = webdataset.DataPipeline(webdataset.RandomMix([pipeline(source) for source in sources], list(weights)))
     batched = mixed.compose(import_module("webdataset.filters").batched(job.batch, collation_fn=together))
-    return WebLoader(webdataset.WebLoader(batched, batch_size=None, num_workers=job.workers))
+    return StockLoader(webdataset.WebLoader(batched, batch_size=None, num_workers=job.workers))
 
 
-def remote(base: str, files: Sequence[str], copy: Path, job: Job) -> WebLoader:
+def remote(base: str, files: Sequence[str], copy: Path, job: Job) -> StockLoader:
     return loader([[f"{base}/{name}" for name in files if name.endswith(".tar")]], [1.0], job)
 
 
